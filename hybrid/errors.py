@@ -1,0 +1,73 @@
+"""Every error a caller can act on.
+
+A message says what failed, where, what was expected, what was found and the next step.
+The classes differ by what the caller can do about them, not by where they were raised.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class HybridError(Exception):
+    """Base class of all errors this package raises on purpose."""
+
+
+class GGUFError(HybridError):
+    """A model file is malformed, truncated or uses something this build cannot read.
+
+    Attributes mirror the message so that tools need not parse it.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | Path,
+        key: str | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem, self.file = problem, str(file)
+        self.key, self.tensor, self.offset = key, tensor, offset
+        self.expected, self.found, self.hint = expected, found, hint
+        where = [self.file]
+        if tensor is not None:
+            where.append(f"tensor {tensor!r}")
+        if key is not None:
+            where.append(f"key {key!r}")
+        if offset is not None:
+            where.append(f"offset {offset}")
+        text = f"{', '.join(where)}: {problem}"
+        if expected is not None or found is not None:
+            text += f" (expected {expected}, found {found})"
+        if hint is not None:
+            text += f". {hint}"
+        super().__init__(text)
+
+
+class ModelError(HybridError):
+    """A well-formed file does not describe a model this build can run."""
+
+
+class TokenizerError(HybridError):
+    """The vocabulary or chat template of a model is unusable."""
+
+
+class PlacementError(HybridError):
+    """A rule file or a device assignment is wrong."""
+
+
+class CapacityError(HybridError):
+    """Something does not fit: memory on a device, or tokens in the context."""
+
+
+class RequestError(HybridError, ValueError):
+    """A prompt or a sampling parameter is invalid. The engine is unharmed."""
+
+
+class ConfigError(HybridError, ValueError):
+    """An option, environment variable or configuration value is invalid."""
