@@ -1,0 +1,181 @@
+"""The backend contract: the operations a model is made of, and the weights they take.
+
+A backend runs operations on one device and owns the representation of weights there. Model
+code calls it through the layer objects and never learns which backend it got.
+
+Conventions for every operation:
+
+- ``T`` is the number of tokens of the step. Activations are float32, contiguous, ``[T, ...]``, on
+  ``backend.device``; results are new tensors unless the operation says "in place".
+- Results for a token do not depend on the other tokens of the call, on their number or on the
+  number of threads: the same token gives the same bits alone and in any batch.
+- Arguments are trusted: layers check shapes once, when they are built.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hybrid.gguf import GGUFFile, TensorInfo
+from hybrid.kvcache.blocks import AttentionBatch
+
+CacheFormat = Literal["f32", "f16", "bf16"]
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A tensor in a file, or the same rows of every matrix of a stacked tensor.
+
+    The tensor is seen as ``[batch, rows, cols]`` (experts or heads are the batch; a plain matrix has
+    batch 1) of which rows ``row_start:row_stop`` of each matrix are wanted.
+    """
+
+    file: GGUFFile
+    info: TensorInfo
+    batch: int
+    rows: int
+    cols: int
+    row_start: int = 0
+    row_stop: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows taken from each matrix."""
+        return (self.rows if self.row_stop is None else self.row_stop) - self.row_start
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How router logits become experts and weights. Names follow the DeepSeek configuration.
+
+    Groups are scored by their maximum (softmax) or by the sum of their two best (sigmoid).
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    scoring: Literal["softmax", "sigmoid"]
+    num_groups: int = 1
+    topk_groups: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+
+
+class Backend(ABC):
+    """One device. Weight handles are opaque: what one backend loads, only it can use."""
+
+    name: str
+    device: torch.device
+
+    # --- weights -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_vector(self, source: TensorSource) -> torch.Tensor:
+        """A norm weight or bias as float32 ``[cols]``."""
+
+    @abstractmethod
+    def load_matrix(self, source: TensorSource) -> Any:
+        """A weight for `linear`, `embed`, `absorb_q`, `project_v`, or one of the three of `moe`."""
+
+    @abstractmethod
+    def weight_bytes(self, weight: Any) -> int:
+        """Bytes the weight occupies on the device, padding included."""
+
+    @abstractmethod
+    def allocate_latent_cache(self, num_blocks: int, row_width: int, fmt: CacheFormat) -> Any:
+        """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``kv_lora_rank + rope_dim``."""
+
+    # --- operations ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
+        """Rows of the embedding table: int32 ``[T]`` -> ``[T, hidden]``."""
+
+    @abstractmethod
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``y = x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
+
+        With ``residual``: ``residual += x`` in place first, and the sum is what is normalised.
+        """
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """``[T, cols] -> [T, rows]``, ``y = x Wᵀ``."""
+
+    @abstractmethod
+    def mla_append(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        kv_norm: torch.Tensor,
+        eps: float,
+        rope: torch.Tensor,
+        cache: Any,
+        batch: AttentionBatch,
+    ) -> None:
+        """Rotate, normalise, store.
+
+        In place: the last ``rope_dim`` of each head of ``q`` ``[T, heads, nope + rope_dim]`` are rotated.
+        ``kv`` ``[T, kv_lora_rank + rope_dim]``: the latent part is RMS-normalised with ``kv_norm``, the
+        rest rotated, and the row is stored at ``batch.slot_mapping``. Rotation pairs are
+        interleaved (2i, 2i+1); ``rope`` is ``[max_positions, rope_dim / 2, 2]`` of (cos, sin), YaRN's
+        magnitude factor included.
+        """
+
+    @abstractmethod
+    def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int) -> torch.Tensor:
+        """``q`` ``[T, heads, nope + rope_dim]`` -> ``[T, heads, kv_lora_rank]``: ``q_nope`` times the key half
+        of ``kv_b``.
+
+        ``k_b`` is either stored ``[heads, nope, kv_lora_rank]`` (the ``attn_kv_b`` layout: a transposed
+        product) or ``[heads, kv_lora_rank, nope]`` (the split ``attn_k_b`` layout); the weight's
+        shape says which.
+        """
+
+    @abstractmethod
+    def mla_attention(
+        self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
+    ) -> torch.Tensor:
+        """Causal attention over the latent cache -> ``[T, heads, kv_lora_rank]``.
+
+        Scores are ``(q_latent · latent + q_pe · k_pe) * scale`` with ``q_pe`` the last ``rope_dim`` of ``q``;
+        values are the latents themselves. Keys are taken in fixed splits of 512.
+        """
+
+    @abstractmethod
+    def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
+        """``[T, heads, kv_lora_rank]`` times ``v_b`` ``[heads, v_dim, kv_lora_rank]`` -> ``[T, heads * v_dim]``."""
+
+    @abstractmethod
+    def route(
+        self, x: torch.Tensor, router: Any, bias: torch.Tensor | None, config: RouterConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts of each token: int32 ids and float32 weights, both ``[T, num_experts_per_tok]``.
+
+        The bias takes part in the choice, not in the weights. Ids are sorted by descending score,
+        ties by ascending id.
+        """
+
+    @abstractmethod
+    def moe(
+        self,
+        x: torch.Tensor,
+        gate: Any,
+        up: Any,
+        down: Any,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Routed experts -> ``[T, hidden]``: ``Σ w · down(silu(gate x) * up x)``, summed in top-k order.
+
+        Weights are ``[num_experts, ...]`` stacks; an id of -1 contributes nothing.
+        """
+
+    @abstractmethod
+    def mlp(self, x: torch.Tensor, gate: Any, up: Any, down: Any) -> torch.Tensor:
+        """A dense SwiGLU block or the shared expert -> ``[T, hidden]``."""

@@ -1,0 +1,34 @@
+"""What attention needs to know about a batch: where each token's keys live and how far it may look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_SIZE = 64  # tokens per cache block; a power of two, and a divisor of the 512-token KV split
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Sequences packed one after another on the token axis.
+
+    All tensors are int32 on the host. ``T`` tokens of ``S`` sequences take part in the step.
+
+    Attributes:
+        positions: ``[T]`` position of each token in its sequence.
+        slot_mapping: ``[T]`` cache slot each new token is written to (block id * BLOCK_SIZE + offset).
+        query_start: ``[S + 1]`` prefix sums: tokens of sequence ``s`` are ``query_start[s]:query_start[s+1]``.
+        seq_lens: ``[S]`` tokens in the cache after this step (cached + new).
+        block_tables: ``[S, max_blocks]`` block ids of each sequence, in order; unused entries are -1.
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
