@@ -1,0 +1,32 @@
+// Instruction sets the kernels are built for, and which of them this host can run.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace hybrid {
+
+// Ascending preference. Names are features, not chips: scalar is baseline x86-64; avx2 adds FMA,
+// F16C and BMI2; avx512vnni means F, BW, VL, DQ and VNNI.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+inline constexpr int kNumIsas = 3;
+
+const char* isa_name(Isa isa);
+
+// CPUID features that matter here, with the operating system's part (XCR0, AMX permission)
+// already taken into account. Includes features no kernel uses yet, for reports.
+struct Feature {
+  const char* name;
+  bool present;
+};
+std::vector<Feature> cpu_features();
+
+bool isa_supported(Isa isa);
+
+// The features of `isa` this host lacks; empty when it is supported.
+std::vector<std::string> isa_missing(Isa isa);
+
+// The process-wide choice. Starts as the best supported one.
+Isa current_isa();
+void set_current_isa(Isa isa);
+
+}  // namespace hybrid

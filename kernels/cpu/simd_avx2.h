@@ -1,0 +1,100 @@
+// Sixteen lanes as two 256-bit registers; see simd_scalar.h for the meaning of each operation.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct V {
+  struct I {
+    __m256i a, b;
+  };
+  struct F {
+    __m256 a, b;
+  };
+  static constexpr int kSignedBias = 0;
+
+  static I zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I set1(uint32_t x) {
+    const __m256i v = _mm256_set1_epi32(static_cast<int>(x));
+    return {v, v};
+  }
+  static I load(const void* p) {
+    const __m256i* q = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  static void store(void* p, I x) {
+    __m256i* q = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, x.a);
+    _mm256_storeu_si256(q + 1, x.b);
+  }
+  static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static I load_u8(const uint8_t* p) {
+    const __m128i v = load128(p);
+    return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+  }
+  static I load_u16(const uint8_t* p) {
+    return {_mm256_cvtepu16_epi32(load128(p)), _mm256_cvtepu16_epi32(load128(p + 16))};
+  }
+  static I band(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+  static I bor(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static I bxor(I x, I y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+  static I add32(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static I sub32(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+  static I mul32(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+  static I shr32(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+  static I shl32(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+  static I sar32(I x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+  static I mul16(I x, I y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
+  static I add8(I x, I y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+  static I sub8(I x, I y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
+  static I lut16(const int8_t* table, I nibbles) {
+    const __m256i t = _mm256_broadcastsi128_si256(load128(table));
+    return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)};
+  }
+  static I gather(const uint32_t* table, I index) {
+    const int* t = reinterpret_cast<const int*>(table);
+    return {_mm256_i32gather_epi32(t, index.a, 4), _mm256_i32gather_epi32(t, index.b, 4)};
+  }
+  static __m256i broadcast_dword(const int8_t* x) {
+    int word;
+    __builtin_memcpy(&word, x, 4);
+    return _mm256_set1_epi32(word);
+  }
+  // vpmaddubsw adds two products in saturating 16 bits, so unsigned codes must stay <= 127:
+  // 2 * 127 * 127 < 2^15. Signed codes go in as |code| with their sign moved to x.
+  static __m256i dot4(__m256i acc, __m256i u, __m256i x) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
+  }
+  static I dot_u8(I acc, I codes, const int8_t* p) {
+    const __m256i x = broadcast_dword(p);
+    return {dot4(acc.a, codes.a, x), dot4(acc.b, codes.b, x)};
+  }
+  static I dot_s8(I acc, I codes, const int8_t* p) {
+    const __m256i x = broadcast_dword(p);
+    return {dot4(acc.a, _mm256_abs_epi8(codes.a), _mm256_sign_epi8(x, codes.a)),
+            dot4(acc.b, _mm256_abs_epi8(codes.b), _mm256_sign_epi8(x, codes.b))};
+  }
+
+  static F fzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F fset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F fload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void fstore(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  }
+  static F bits_to_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+  static F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static F half_to_float(I x) {
+    // packus works within 128-bit halves: put the four quarters back in order.
+    const __m256i h = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+  }
+  static F fload_f16(const uint8_t* p) { return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 16))}; }
+  static F fmul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace

@@ -1,0 +1,64 @@
+// Sixteen lanes as one 512-bit register; see simd_scalar.h for the meaning of each operation.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct V {
+  using I = __m512i;
+  using F = __m512;
+  // vpdpbusd wants unsigned codes: signed ones are shifted by 128, the excess is taken off later.
+  static constexpr int kSignedBias = 128;
+
+  static I zero() { return _mm512_setzero_si512(); }
+  static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static I load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_u16(const uint8_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static I band(I x, I y) { return _mm512_and_si512(x, y); }
+  static I bor(I x, I y) { return _mm512_or_si512(x, y); }
+  static I bxor(I x, I y) { return _mm512_xor_si512(x, y); }
+  static I add32(I x, I y) { return _mm512_add_epi32(x, y); }
+  static I sub32(I x, I y) { return _mm512_sub_epi32(x, y); }
+  static I mul32(I x, I y) { return _mm512_mullo_epi32(x, y); }
+  static I shr32(I x, int n) { return _mm512_srli_epi32(x, static_cast<unsigned>(n)); }
+  static I shl32(I x, int n) { return _mm512_slli_epi32(x, static_cast<unsigned>(n)); }
+  static I sar32(I x, int n) { return _mm512_srai_epi32(x, static_cast<unsigned>(n)); }
+  static I mul16(I x, I y) { return _mm512_mullo_epi16(x, y); }
+  static I add8(I x, I y) { return _mm512_add_epi8(x, y); }
+  static I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }
+  static I lut16(const int8_t* table, I nibbles) {
+    const I t = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return _mm512_shuffle_epi8(t, nibbles);
+  }
+  static I gather(const uint32_t* table, I index) { return _mm512_i32gather_epi32(index, table, 4); }
+  static I dot_u8(I acc, I codes, const int8_t* p) {
+    int word;
+    __builtin_memcpy(&word, p, 4);
+    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(word));
+  }
+  static I dot_s8(I acc, I codes, const int8_t* p) { return dot_u8(acc, bxor(codes, set1(0x80808080u)), p); }
+
+  static F fzero() { return _mm512_setzero_ps(); }
+  static F fset1(float x) { return _mm512_set1_ps(x); }
+  static F fload(const float* p) { return _mm512_loadu_ps(p); }
+  static void fstore(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F bits_to_float(I x) { return _mm512_castsi512_ps(x); }
+  static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static F half_to_float(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+  static F fload_f16(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F fmul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace

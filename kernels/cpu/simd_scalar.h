@@ -1,0 +1,161 @@
+// Vectors of sixteen lanes in plain C++: the reference the SIMD versions are tested against.
+// One lane is one weight row. I holds 16 x 32 bits (or 64 bytes), F holds 16 floats.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct V {
+  struct I {
+    uint32_t l[16];
+  };
+  struct F {
+    float l[16];
+  };
+  // dot_s8 adds kSignedBias * sum(x) beyond the true product.
+  static constexpr int kSignedBias = 0;
+
+  template <class Op>
+  static I map(const I& a, const I& b, Op op) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = op(a.l[i], b.l[i]);
+    return r;
+  }
+  template <class Op>
+  static I map(const I& a, Op op) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = op(a.l[i]);
+    return r;
+  }
+
+  static I zero() { return set1(0); }
+  static I set1(uint32_t x) {
+    I r;
+    for (uint32_t& lane : r.l) lane = x;
+    return r;
+  }
+  static I load(const void* p) {
+    I r;
+    std::memcpy(r.l, p, 64);
+    return r;
+  }
+  static void store(void* p, const I& a) { std::memcpy(p, a.l, 64); }
+  static I load_u8(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = p[i];
+    return r;
+  }
+  static I load_u16(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = p[2 * i] | (p[2 * i + 1] << 8);
+    return r;
+  }
+  static I band(const I& a, const I& b) { return map(a, b, [](uint32_t x, uint32_t y) { return x & y; }); }
+  static I bor(const I& a, const I& b) { return map(a, b, [](uint32_t x, uint32_t y) { return x | y; }); }
+  static I bxor(const I& a, const I& b) { return map(a, b, [](uint32_t x, uint32_t y) { return x ^ y; }); }
+  static I add32(const I& a, const I& b) { return map(a, b, [](uint32_t x, uint32_t y) { return x + y; }); }
+  static I sub32(const I& a, const I& b) { return map(a, b, [](uint32_t x, uint32_t y) { return x - y; }); }
+  static I mul32(const I& a, const I& b) { return map(a, b, [](uint32_t x, uint32_t y) { return x * y; }); }
+  static I shr32(const I& a, int n) { return map(a, [n](uint32_t x) { return x >> n; }); }
+  static I shl32(const I& a, int n) { return map(a, [n](uint32_t x) { return x << n; }); }
+  static I sar32(const I& a, int n) {
+    return map(a, [n](uint32_t x) { return static_cast<uint32_t>(static_cast<int32_t>(x) >> n); });
+  }
+  static I mul16(const I& a, const I& b) {
+    return map(a, b, [](uint32_t x, uint32_t y) {
+      const uint32_t lo = ((x & 0xffff) * (y & 0xffff)) & 0xffff;
+      return lo | (((x >> 16) * (y >> 16)) << 16);
+    });
+  }
+  static I add8(const I& a, const I& b) {
+    return map(a, b, [](uint32_t x, uint32_t y) {
+      return ((x & 0x7f7f7f7f) + (y & 0x7f7f7f7f)) ^ ((x ^ y) & 0x80808080);
+    });
+  }
+  static I sub8(const I& a, const I& b) {
+    return map(a, b, [](uint32_t x, uint32_t y) {
+      return ((x | 0x80808080) - (y & 0x7f7f7f7f)) ^ ((x ^ ~y) & 0x80808080);
+    });
+  }
+  static I lut16(const int8_t* table, const I& nibbles) {
+    I r;
+    const uint8_t* n = reinterpret_cast<const uint8_t*>(nibbles.l);
+    uint8_t* out = reinterpret_cast<uint8_t*>(r.l);
+    for (int i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(table[n[i]]);
+    return r;
+  }
+  static I gather(const uint32_t* table, const I& index) {
+    return map(index, [table](uint32_t x) { return table[x]; });
+  }
+  // Lane by lane: acc + sum over four bytes of code * x; x is the same in every lane.
+  static I dot_u8(const I& acc, const I& codes, const int8_t* x) {
+    I r;
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t c = codes.l[i];
+      r.l[i] = acc.l[i] + static_cast<uint32_t>(static_cast<int>(c & 255) * x[0] + static_cast<int>((c >> 8) & 255) * x[1] +
+                                                static_cast<int>((c >> 16) & 255) * x[2] + static_cast<int>(c >> 24) * x[3]);
+    }
+    return r;
+  }
+  static I dot_s8(const I& acc, const I& codes, const int8_t* x) {
+    I r;
+    for (int i = 0; i < 16; ++i) {
+      int8_t c[4];
+      std::memcpy(c, &codes.l[i], 4);
+      r.l[i] = acc.l[i] + static_cast<uint32_t>(c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3]);
+    }
+    return r;
+  }
+
+  static F fzero() { return fset1(0.0f); }
+  static F fset1(float x) {
+    F r;
+    for (float& lane : r.l) lane = x;
+    return r;
+  }
+  static F fload(const float* p) {
+    F r;
+    std::memcpy(r.l, p, 64);
+    return r;
+  }
+  static void fstore(float* p, const F& a) { std::memcpy(p, a.l, 64); }
+  static F bits_to_float(const I& a) {
+    F r;
+    std::memcpy(r.l, a.l, 64);
+    return r;
+  }
+  static F to_float(const I& a) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.l[i] = static_cast<float>(static_cast<int32_t>(a.l[i]));
+    return r;
+  }
+  // Lanes hold IEEE half bits in their low 16 bits.
+  static F half_to_float(const I& a) {
+    I r = map(a, [](uint32_t h) {
+      const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+      if (exponent == 31) return sign | 0x7f800000u | (mantissa << 13);
+      if (exponent != 0) return sign | ((exponent + 112) << 23) | (mantissa << 13);
+      const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+      uint32_t bits;
+      std::memcpy(&bits, &magnitude, 4);
+      return sign | bits;
+    });
+    return bits_to_float(r);
+  }
+  static F fload_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
+  static F fmul(const F& a, const F& b) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.l[i] = a.l[i] * b.l[i];
+    return r;
+  }
+  static F fma(const F& a, const F& b, const F& c) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.l[i] = __builtin_fmaf(a.l[i], b.l[i], c.l[i]);
+    return r;
+  }
+  static void prefetch(const void*) {}
+};
+
+}  // namespace
