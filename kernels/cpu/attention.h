@@ -1,0 +1,64 @@
+// Attention over the paged latent cache, and writing that cache.
+//
+// Cache layout: [num_blocks][kCacheBlock][latent_dim + rope_dim] elements of the cache's format, the
+// normalised latent first, then the rotated key part that all heads share.
+//
+// Keys are taken in splits of kKeySplit, positions counted from the start of the sequence, and within
+// a split in blocks of kCacheBlock; the states of the splits are merged in ascending order. A query's
+// result therefore depends on its position and on the cache alone.
+#pragma once
+#include <cstdint>
+
+#include "ops_table.h"
+#include "thread_pool.h"
+
+namespace hybrid {
+
+inline constexpr int kKeySplit = 512;
+
+struct LatentCache {
+  void* data;
+  CacheFormat format;
+  int64_t num_blocks;
+  int64_t latent_dim;
+  int64_t rope_dim;
+
+  int64_t row_bytes() const {
+    return (latent_dim + rope_dim) * (format == CacheFormat::kF32 ? 4 : 2);
+  }
+  uint8_t* row(int64_t slot) const { return static_cast<uint8_t*>(data) + slot * row_bytes(); }
+};
+
+struct MlaAppendArgs {
+  float* q;                 // [num_tokens][num_heads][head_dim]; the last rope_dim of each head is rotated
+  int64_t num_tokens, num_heads, head_dim;
+  const float* kv;          // [num_tokens][latent_dim + rope_dim]
+  const float* kv_norm;     // [latent_dim]
+  float eps;
+  const float* rope;        // [max_positions][rope_dim / 2][2]: cos, sin
+  int64_t max_positions;
+  LatentCache cache;
+  const int32_t* positions;     // [num_tokens]
+  const int32_t* slot_mapping;  // [num_tokens]; -1: the row is not stored
+};
+// Throws std::invalid_argument before anything is written.
+void mla_append(ThreadPool& pool, const MlaAppendArgs& args);
+
+struct MlaAttentionArgs {
+  const float* q;         // [num_tokens][num_heads][head_dim]; the last rope_dim of each head is used
+  const float* q_latent;  // [num_tokens][num_heads][latent_dim]
+  int64_t num_tokens, num_heads, head_dim;
+  LatentCache cache;
+  int64_t num_sequences;
+  const int32_t* positions;     // [num_tokens]
+  const int32_t* query_start;   // [num_sequences + 1]
+  const int32_t* seq_lens;      // [num_sequences]
+  const int32_t* block_tables;  // [num_sequences][block_table_stride]
+  int64_t block_table_stride;
+  float scale;
+  float* out;             // [num_tokens][num_heads][latent_dim]
+};
+// Throws std::invalid_argument before anything is written.
+void mla_attention(ThreadPool& pool, const MlaAttentionArgs& args);
+
+}  // namespace hybrid

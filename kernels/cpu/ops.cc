@@ -1,0 +1,138 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "scratch.h"
+
+namespace hybrid {
+namespace {
+
+// The best entries seen, sorted by descending score; an equal score keeps the earlier one in front.
+class TopK {
+ public:
+  TopK(int32_t* ids, float* scores, int64_t k) : ids_(ids), scores_(scores), k_(k) {}
+
+  void offer(int32_t id, float score) {
+    if (count_ == k_ && !(score > scores_[k_ - 1])) return;
+    int64_t at = count_ < k_ ? count_++ : k_ - 1;
+    for (; at > 0 && score > scores_[at - 1]; --at) {
+      ids_[at] = ids_[at - 1];
+      scores_[at] = scores_[at - 1];
+    }
+    ids_[at] = id;
+    scores_[at] = score;
+  }
+
+ private:
+  int32_t* ids_;
+  float* scores_;
+  int64_t k_, count_ = 0;
+};
+
+// Scratch of one worker.
+struct RouteSpace {
+  float *scores, *choice, *best_scores;
+  int32_t* groups;
+};
+
+float or_lowest(float score) { return std::isnan(score) ? -std::numeric_limits<float>::infinity() : score; }
+
+// DeepSeek-V2 scores a group by its best expert, V3 by the sum of its two best.
+float group_score(const float* choice, int64_t size, bool two_best) {
+  float first = choice[0], second = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 1; i < size; ++i) {
+    second = std::max(second, std::min(first, choice[i]));
+    first = std::max(first, choice[i]);
+  }
+  return two_best && size > 1 ? first + second : first;
+}
+
+void choose_experts(const RouteArgs& args, const RouteSpace& space, int32_t* ids) {
+  const int64_t size = args.num_experts / args.num_groups;
+  TopK best(ids, space.best_scores, args.k);
+  if (args.topk_groups == args.num_groups) {
+    for (int64_t e = 0; e < args.num_experts; ++e) best.offer(static_cast<int32_t>(e), space.choice[e]);
+    return;
+  }
+  TopK groups(space.groups, space.best_scores, args.topk_groups);
+  for (int64_t g = 0; g < args.num_groups; ++g) {
+    groups.offer(static_cast<int32_t>(g), or_lowest(group_score(space.choice + g * size, size, args.sigmoid)));
+  }
+  std::sort(space.groups, space.groups + args.topk_groups);
+  for (int64_t g = 0; g < args.topk_groups; ++g) {
+    for (int64_t e = space.groups[g] * size; e < (space.groups[g] + 1) * size; ++e) {
+      best.offer(static_cast<int32_t>(e), space.choice[e]);
+    }
+  }
+}
+
+void route_token(const RouteArgs& args, const OpsTable& ops, const RouteSpace& space, int64_t token) {
+  const float* logits = args.logits + token * args.num_experts;
+  (args.sigmoid ? ops.sigmoid : ops.softmax)(logits, args.num_experts, space.scores);
+  for (int64_t e = 0; e < args.num_experts; ++e) {
+    space.choice[e] = or_lowest(args.bias == nullptr ? space.scores[e] : space.scores[e] + args.bias[e]);
+  }
+  int32_t* ids = args.topk_ids + token * args.k;
+  float* weights = args.topk_weights + token * args.k;
+  choose_experts(args, space, ids);
+  float sum = 0.0f;
+  for (int64_t i = 0; i < args.k; ++i) sum += space.scores[ids[i]];
+  const float denominator = args.normalise ? sum + 1e-20f : 1.0f;
+  for (int64_t i = 0; i < args.k; ++i) weights[i] = space.scores[ids[i]] / denominator * args.scaling;
+}
+
+}  // namespace
+
+const OpsTable& ops_table(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512Vnni:
+      return kOpsAvx512Vnni;
+    case Isa::kAvx2:
+      return kOpsAvx2;
+    default:
+      return kOpsScalar;
+  }
+}
+
+void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, const float* weight, float eps,
+              float* residual, float* out) {
+  const OpsTable& ops = ops_table(current_isa());
+  for_each_token(pool, num_tokens, dim, [&](int64_t t, int) {
+    ops.rms_norm(x + t * dim, weight, residual == nullptr ? nullptr : residual + t * dim, eps, dim, out + t * dim);
+  });
+}
+
+void check_route(const RouteArgs& args) {
+  const bool groups_fit = args.num_groups >= 1 && args.num_experts % args.num_groups == 0 &&
+                          args.topk_groups >= 1 && args.topk_groups <= args.num_groups;
+  if (!groups_fit) {
+    throw std::invalid_argument("route: " + std::to_string(args.topk_groups) + " of " +
+                                std::to_string(args.num_groups) + " groups cannot be chosen from " +
+                                std::to_string(args.num_experts) +
+                                " experts; groups must be of equal size and at least one chosen");
+  }
+  const int64_t eligible = args.num_experts / args.num_groups * args.topk_groups;
+  if (args.k < 1 || args.k > eligible) {
+    throw std::invalid_argument("route: num_experts_per_tok is " + std::to_string(args.k) + "; it must be between 1 and " +
+                                std::to_string(eligible) + ", the experts in the chosen groups");
+  }
+}
+
+void route(ThreadPool& pool, const RouteArgs& args) {
+  check_route(args);
+  const OpsTable& ops = ops_table(current_isa());
+  Scratch& scratch = Scratch::local();
+  RouteSpace* spaces = scratch.take<RouteSpace>(pool.num_threads());
+  for (int i = 0; i < pool.num_threads(); ++i) {
+    spaces[i] = {scratch.take<float>(args.num_experts), scratch.take<float>(args.num_experts),
+                 scratch.take<float>(args.num_experts), scratch.take<int32_t>(args.num_experts)};
+  }
+  for_each_token(pool, args.num_tokens, args.num_experts * 8,
+                 [&](int64_t t, int worker) { route_token(args, ops, spaces[worker], t); });
+}
+
+}  // namespace hybrid

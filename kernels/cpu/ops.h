@@ -1,0 +1,49 @@
+// Operations of a model that are not products with quantised matrices.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+#include "ops_table.h"
+#include "thread_pool.h"
+
+namespace hybrid {
+
+const OpsTable& ops_table(Isa isa);
+
+// body(token, worker) for every token; on the calling thread alone where the whole is too little
+// work (`elements` touched for each token) to wake others.
+template <class F>
+void for_each_token(ThreadPool& pool, int64_t num_tokens, int64_t elements, F&& body) {
+  constexpr int64_t kWorthWaking = 1 << 16;
+  if (num_tokens * elements >= kWorthWaking && num_tokens > 1) {
+    pool.parallel_for(num_tokens, body);
+    return;
+  }
+  for (int64_t t = 0; t < num_tokens; ++t) body(t, 0);
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight on [num_tokens][dim]. With a residual (null: none):
+// residual += x first, in place, and the sum is what is normalised. `out` may be `x`.
+void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, const float* weight, float eps,
+              float* residual, float* out);
+
+struct RouteArgs {
+  const float* logits;  // [num_tokens][num_experts]
+  int64_t num_tokens, num_experts;
+  const float* bias;    // [num_experts], added for the choice only; null: none
+  bool sigmoid;         // else softmax
+  int64_t num_groups, topk_groups, k;
+  bool normalise;
+  float scaling;
+  int32_t* topk_ids;    // [num_tokens][k]
+  float* topk_weights;  // [num_tokens][k]
+};
+// Throws std::invalid_argument if the counts do not fit together.
+void check_route(const RouteArgs& args);
+void route(ThreadPool& pool, const RouteArgs& args);
+
+// Bytes a second read from RAM by `num_threads` of the pool's threads (0: all), the best of several
+// read loops, each run for a share of `seconds` over `bytes` of memory.
+double measure_read_bandwidth(ThreadPool& pool, int64_t bytes, double seconds, int num_threads);
+
+}  // namespace hybrid

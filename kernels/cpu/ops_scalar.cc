@@ -1,0 +1,15 @@
+// The operations' vector routines for scalar.
+#include "simd_f32_scalar.h"
+
+#include "ops_table.h"
+
+#include "ops_body.inc"
+
+#include "attention_body.inc"
+
+namespace hybrid {
+
+const OpsTable kOpsScalar = {rms_norm, rotate,  encode, decode, swiglu, weighted_sum,
+                      accumulate, softmax, sigmoid, attend, merge, divide, read};
+
+}  // namespace hybrid
