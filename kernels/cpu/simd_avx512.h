@@ -58,6 +58,11 @@ struct V {
   }
   static F fmul(F x, F y) { return _mm512_mul_ps(x, y); }
   static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static I float_bits(F x) { return _mm512_castps_si512(x); }
+  static I max_positive(I x, I y) { return _mm512_max_epi32(x, y); }
+  static void round_to_bytes(F x, int8_t* p) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 

@@ -155,6 +155,19 @@ struct V {
     for (int i = 0; i < 16; ++i) r.l[i] = __builtin_fmaf(a.l[i], b.l[i], c.l[i]);
     return r;
   }
+  static I float_bits(const F& a) {
+    I r;
+    std::memcpy(r.l, a.l, 64);
+    return r;
+  }
+  // Lanes below 2^31.
+  static I max_positive(const I& a, const I& b) {
+    return map(a, b, [](uint32_t x, uint32_t y) { return x > y ? x : y; });
+  }
+  // Sixteen lanes within +-127 to int8, halves to even.
+  static void round_to_bytes(const F& a, int8_t* p) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(__builtin_lrintf(a.l[i]));
+  }
   static void prefetch(const void*) {}
 };
 

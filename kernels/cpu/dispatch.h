@@ -1,0 +1,41 @@
+// Which kernel runs for a format on an ISA: the rows of kernels.inc, and a pure choice among them.
+#pragma once
+#include <vector>
+
+#include "block_formats.h"
+#include "isa.h"
+#include "kernel_abi.h"
+
+namespace hybrid {
+
+enum class ActFormat : int { q8, f32 };
+
+struct KernelRow {
+  const FormatInfo* format;
+  ActFormat activation;
+  Isa isa;
+  int tile;          // tokens taken at once
+  const char* name;  // e.g. dot_Q4_K_q8_16x8_avx512vnni
+  GroupKernel dot;
+  GroupExpand expand;
+};
+
+using QuantizeRow = void (*)(const float* x, int64_t cols, int8_t* codes, float* scales, int16_t* sums);
+
+// What one ISA's translation unit provides.
+struct IsaKernels {
+  const KernelRow* rows;
+  int num_rows;
+  QuantizeRow quantize_row;
+};
+extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvx512Vnni;
+
+const IsaKernels& kernels_of(Isa isa);
+
+// Every row of the table, host support or not.
+std::vector<const KernelRow*> all_kernel_rows();
+
+// Null when `isa` has no kernel for the format.
+const KernelRow* select_kernel(const FormatInfo& format, Isa isa);
+
+}  // namespace hybrid

@@ -1,0 +1,7 @@
+#include "simd_scalar.h"
+
+#define KERNEL_ISA Isa::kScalar
+#define KERNEL_ISA_NAME "scalar"
+#define KERNEL_TABLE kKernelsScalar
+#define TILE(scalar, avx2, avx512vnni) scalar
+#include "kernels_body.inc"
