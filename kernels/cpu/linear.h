@@ -22,6 +22,12 @@ class QuantizedRows {
   // x[cols] -> row `row`, by the routine of the ISA chosen when this object was made.
   void quantize(int64_t row, const float* x) const;
 
+  // x[n] -> columns [col, col + n) of row `row`; col is a multiple of kActBlock, and n too unless it ends the row.
+  void quantize_columns(int64_t row, int64_t col, int64_t n, const float* x) const {
+    quantize_row_(x, n, q8_ + row * q8_stride_ + col, scale_ + row * scale_stride_ + col / kActBlock,
+                  sum16_ + row * sum_stride_ + col / 16);
+  }
+
   // Rows start, start + step, start + 2 * step ...
   Activations rows(int64_t start = 0, int64_t step = 1) const;
 

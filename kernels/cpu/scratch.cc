@@ -9,6 +9,7 @@
 namespace hybrid {
 namespace {
 
+constexpr int kLevels = 2;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSmallestChunk = size_t{1} << 20;
 
@@ -16,13 +17,13 @@ std::atomic<size_t> g_total_bytes{0};
 
 }  // namespace
 
-Scratch& Scratch::local() {
-  thread_local Scratch scratch;
-  return scratch;
+Scratch& Scratch::of_this_thread(int level) {
+  thread_local Scratch scratch[kLevels];
+  return scratch[level];
 }
 
-Scratch& Scratch::fresh() {
-  Scratch& scratch = local();
+Scratch& Scratch::fresh(int level) {
+  Scratch& scratch = of_this_thread(level);
   if (scratch.chunks_.size() > 1) {
     size_t bytes = 0;
     for (const Chunk& chunk : scratch.chunks_) bytes += chunk.bytes;
@@ -35,10 +36,14 @@ Scratch& Scratch::fresh() {
 
 size_t Scratch::total_bytes() { return g_total_bytes.load(std::memory_order_relaxed); }
 
-void Scratch::release() { local().clear(); }
+void Scratch::release() {
+  for (int level = 0; level < kLevels; ++level) of_this_thread(level).clear();
+}
 
 void Scratch::fill(uint8_t byte) {
-  for (const Chunk& chunk : local().chunks_) memset(chunk.data, byte, chunk.bytes);
+  for (int level = 0; level < kLevels; ++level) {
+    for (const Chunk& chunk : of_this_thread(level).chunks_) memset(chunk.data, byte, chunk.bytes);
+  }
 }
 
 Scratch::~Scratch() { clear(); }

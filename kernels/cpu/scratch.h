@@ -9,12 +9,11 @@ namespace hybrid {
 
 class Scratch {
  public:
-  // The calling thread's memory: with everything taken before given up (an operation starts so), or
-  // to take more of in the same operation.
-  static Scratch& fresh();
-  static Scratch& local();
+  // The calling thread's memory, everything taken before given up. One operation uses it at a time;
+  // one that calls another takes a memory of its own, level 1.
+  static Scratch& fresh(int level = 0);
 
-  // `count` uninitialised objects, aligned to 64 bytes, valid until the next fresh().
+  // `count` uninitialised objects, aligned to 64 bytes, valid until the next fresh() of the level.
   template <class T>
   T* take(int64_t count) {
     return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));
@@ -29,6 +28,7 @@ class Scratch {
   ~Scratch();
 
  private:
+  static Scratch& of_this_thread(int level);
   struct Chunk {
     uint8_t* data;
     size_t bytes;
