@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "linear.h"
 #include "scratch.h"
 
 namespace hybrid {
@@ -33,6 +34,13 @@ class TopK {
   int64_t k_, count_ = 0;
 };
 
+struct Routing {
+  const RouteArgs& args;
+  const OpsTable& ops;
+  int64_t num_experts;
+  const float* logits;  // [num_tokens][num_experts]
+};
+
 // Scratch of one worker.
 struct RouteSpace {
   float *scores, *choice, *best_scores;
@@ -51,11 +59,12 @@ float group_score(const float* choice, int64_t size, bool two_best) {
   return two_best && size > 1 ? first + second : first;
 }
 
-void choose_experts(const RouteArgs& args, const RouteSpace& space, int32_t* ids) {
-  const int64_t size = args.num_experts / args.num_groups;
+void choose_experts(const Routing& routing, const RouteSpace& space, int32_t* ids) {
+  const RouteArgs& args = routing.args;
+  const int64_t size = routing.num_experts / args.num_groups;
   TopK best(ids, space.best_scores, args.k);
   if (args.topk_groups == args.num_groups) {
-    for (int64_t e = 0; e < args.num_experts; ++e) best.offer(static_cast<int32_t>(e), space.choice[e]);
+    for (int64_t e = 0; e < routing.num_experts; ++e) best.offer(static_cast<int32_t>(e), space.choice[e]);
     return;
   }
   TopK groups(space.groups, space.best_scores, args.topk_groups);
@@ -70,19 +79,36 @@ void choose_experts(const RouteArgs& args, const RouteSpace& space, int32_t* ids
   }
 }
 
-void route_token(const RouteArgs& args, const OpsTable& ops, const RouteSpace& space, int64_t token) {
-  const float* logits = args.logits + token * args.num_experts;
-  (args.sigmoid ? ops.sigmoid : ops.softmax)(logits, args.num_experts, space.scores);
-  for (int64_t e = 0; e < args.num_experts; ++e) {
+void route_token(const Routing& routing, const RouteSpace& space, int64_t token) {
+  const RouteArgs& args = routing.args;
+  const float* logits = routing.logits + token * routing.num_experts;
+  (args.sigmoid ? routing.ops.sigmoid : routing.ops.softmax)(logits, routing.num_experts, space.scores);
+  for (int64_t e = 0; e < routing.num_experts; ++e) {
     space.choice[e] = or_lowest(args.bias == nullptr ? space.scores[e] : space.scores[e] + args.bias[e]);
   }
   int32_t* ids = args.topk_ids + token * args.k;
   float* weights = args.topk_weights + token * args.k;
-  choose_experts(args, space, ids);
+  choose_experts(routing, space, ids);
   float sum = 0.0f;
   for (int64_t i = 0; i < args.k; ++i) sum += space.scores[ids[i]];
   const float denominator = args.normalise ? sum + 1e-20f : 1.0f;
   for (int64_t i = 0; i < args.k; ++i) weights[i] = space.scores[ids[i]] / denominator * args.scaling;
+}
+
+void check_route(const RouteArgs& args, int64_t num_experts) {
+  const bool groups_fit = args.num_groups >= 1 && num_experts % args.num_groups == 0 &&
+                          args.topk_groups >= 1 && args.topk_groups <= args.num_groups;
+  if (!groups_fit) {
+    throw std::invalid_argument("route: " + std::to_string(args.topk_groups) + " of " +
+                                std::to_string(args.num_groups) + " groups cannot be chosen from " +
+                                std::to_string(num_experts) +
+                                " experts; groups must be of equal size and at least one chosen");
+  }
+  const int64_t eligible = num_experts / args.num_groups * args.topk_groups;
+  if (args.k < 1 || args.k > eligible) {
+    throw std::invalid_argument("route: num_experts_per_tok is " + std::to_string(args.k) + "; it must be between 1 and " +
+                                std::to_string(eligible) + ", the experts in the chosen groups");
+  }
 }
 
 }  // namespace
@@ -106,33 +132,20 @@ void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim,
   });
 }
 
-void check_route(const RouteArgs& args) {
-  const bool groups_fit = args.num_groups >= 1 && args.num_experts % args.num_groups == 0 &&
-                          args.topk_groups >= 1 && args.topk_groups <= args.num_groups;
-  if (!groups_fit) {
-    throw std::invalid_argument("route: " + std::to_string(args.topk_groups) + " of " +
-                                std::to_string(args.num_groups) + " groups cannot be chosen from " +
-                                std::to_string(args.num_experts) +
-                                " experts; groups must be of equal size and at least one chosen");
-  }
-  const int64_t eligible = args.num_experts / args.num_groups * args.topk_groups;
-  if (args.k < 1 || args.k > eligible) {
-    throw std::invalid_argument("route: num_experts_per_tok is " + std::to_string(args.k) + "; it must be between 1 and " +
-                                std::to_string(eligible) + ", the experts in the chosen groups");
-  }
-}
-
-void route(ThreadPool& pool, const RouteArgs& args) {
-  check_route(args);
-  const OpsTable& ops = ops_table(current_isa());
-  Scratch& scratch = Scratch::local();
+void route(ThreadPool& pool, const PackedMatrix& router, const RouteArgs& args) {
+  const int64_t num_experts = router.rows();
+  check_route(args, num_experts);
+  Scratch& scratch = Scratch::fresh(1);
+  float* logits = scratch.take<float>(args.num_tokens * num_experts);
+  linear(pool, router, args.x, args.num_tokens, router.cols(), logits, num_experts);
   RouteSpace* spaces = scratch.take<RouteSpace>(pool.num_threads());
   for (int i = 0; i < pool.num_threads(); ++i) {
-    spaces[i] = {scratch.take<float>(args.num_experts), scratch.take<float>(args.num_experts),
-                 scratch.take<float>(args.num_experts), scratch.take<int32_t>(args.num_experts)};
+    spaces[i] = {scratch.take<float>(num_experts), scratch.take<float>(num_experts), scratch.take<float>(num_experts),
+                 scratch.take<int32_t>(num_experts)};
   }
-  for_each_token(pool, args.num_tokens, args.num_experts * 8,
-                 [&](int64_t t, int worker) { route_token(args, ops, spaces[worker], t); });
+  const Routing routing{args, ops_table(current_isa()), num_experts, logits};
+  for_each_token(pool, args.num_tokens, num_experts * 8,
+                 [&](int64_t t, int worker) { route_token(routing, spaces[worker], t); });
 }
 
 }  // namespace hybrid

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "matrix.h"
 #include "ops_table.h"
 #include "thread_pool.h"
 
@@ -28,8 +29,8 @@ void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim,
               float* residual, float* out);
 
 struct RouteArgs {
-  const float* logits;  // [num_tokens][num_experts]
-  int64_t num_tokens, num_experts;
+  const float* x;       // [num_tokens][router.cols()]
+  int64_t num_tokens;
   const float* bias;    // [num_experts], added for the choice only; null: none
   bool sigmoid;         // else softmax
   int64_t num_groups, topk_groups, k;
@@ -38,9 +39,10 @@ struct RouteArgs {
   int32_t* topk_ids;    // [num_tokens][k]
   float* topk_weights;  // [num_tokens][k]
 };
+// Experts of each token, sorted by descending score (ties: lower id first). router: [1][num_experts][hidden].
+// Scores that are NaN come last; the ids are in range whatever x holds.
 // Throws std::invalid_argument if the counts do not fit together.
-void check_route(const RouteArgs& args);
-void route(ThreadPool& pool, const RouteArgs& args);
+void route(ThreadPool& pool, const PackedMatrix& router, const RouteArgs& args);
 
 // Bytes a second read from RAM by `num_threads` of the pool's threads (0: all), the best of several
 // read loops, each run for a share of `seconds` over `bytes` of memory.

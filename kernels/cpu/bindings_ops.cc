@@ -1,0 +1,188 @@
+// Python entry points of the operations. Tensors come as addresses; shapes are stated by the caller.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "absorb.h"
+#include "attention.h"
+#include "bindings_ops.h"
+#include "moe.h"
+#include "ops.h"
+#include "scratch.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hybrid {
+namespace {
+
+using Address = uintptr_t;
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+template <class T>
+T* pointer(Address address, const char* operation, const char* argument) {
+  if (address == 0) throw std::invalid_argument(std::string(operation) + ": the address of `" + argument + "` is null");
+  return reinterpret_cast<T*>(address);
+}
+
+void check_count(int64_t n, int64_t least, const char* operation, const char* argument) {
+  if (n < least) {
+    throw std::invalid_argument(std::string(operation) + ": `" + argument + "` must be at least " +
+                                std::to_string(least) + ", found " + std::to_string(n));
+  }
+}
+
+CacheFormat cache_format(const std::string& name) {
+  if (name == "f32") return CacheFormat::kF32;
+  if (name == "f16") return CacheFormat::kF16;
+  if (name == "bf16") return CacheFormat::kBF16;
+  throw std::invalid_argument("cache format '" + name + "' is unknown; choose f32, f16 or bf16");
+}
+
+void bind_norm(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Address weight, float eps,
+               Address residual, Address out) {
+  constexpr const char* kName = "rms_norm";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  check_count(dim, 1, kName, "dim");
+  if (num_tokens == 0) return;
+  rms_norm(pool, pointer<const float>(x, kName, "x"), num_tokens, dim, pointer<const float>(weight, kName, "weight"),
+           eps, reinterpret_cast<float*>(residual), pointer<float>(out, kName, "out"));
+}
+
+void bind_append(ThreadPool& pool, Address q, int64_t num_tokens, int64_t num_heads, int64_t head_dim, Address kv,
+                 Address kv_norm, float eps, Address rope, int64_t max_positions, Address cache,
+                 const std::string& format, int64_t num_blocks, int64_t latent_dim, int64_t rope_dim,
+                 Address positions, Address slot_mapping) {
+  constexpr const char* kName = "mla_append";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  check_count(num_heads, 1, kName, "num_heads");
+  if (num_tokens == 0) return;
+  mla_append(pool, {.q = pointer<float>(q, kName, "q"),
+                    .num_tokens = num_tokens,
+                    .num_heads = num_heads,
+                    .head_dim = head_dim,
+                    .kv = pointer<const float>(kv, kName, "kv"),
+                    .kv_norm = pointer<const float>(kv_norm, kName, "kv_norm"),
+                    .eps = eps,
+                    .rope = pointer<const float>(rope, kName, "rope"),
+                    .max_positions = max_positions,
+                    .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
+                    .positions = pointer<const int32_t>(positions, kName, "positions"),
+                    .slot_mapping = pointer<const int32_t>(slot_mapping, kName, "slot_mapping")});
+}
+
+void bind_attention(ThreadPool& pool, Address q, Address q_latent, int64_t num_tokens, int64_t num_heads,
+                    int64_t head_dim, Address cache, const std::string& format, int64_t num_blocks,
+                    int64_t latent_dim, int64_t rope_dim, int64_t num_sequences, Address positions,
+                    Address query_start, Address seq_lens, Address block_tables, int64_t block_table_stride,
+                    float scale, Address out) {
+  constexpr const char* kName = "mla_attention";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  check_count(num_heads, 1, kName, "num_heads");
+  check_count(num_sequences, 0, kName, "num_sequences");
+  if (num_tokens == 0) return;
+  mla_attention(pool, {.q = pointer<const float>(q, kName, "q"),
+                       .q_latent = pointer<const float>(q_latent, kName, "q_latent"),
+                       .num_tokens = num_tokens,
+                       .num_heads = num_heads,
+                       .head_dim = head_dim,
+                       .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
+                       .num_sequences = num_sequences,
+                       .positions = pointer<const int32_t>(positions, kName, "positions"),
+                       .query_start = pointer<const int32_t>(query_start, kName, "query_start"),
+                       .seq_lens = pointer<const int32_t>(seq_lens, kName, "seq_lens"),
+                       .block_tables = pointer<const int32_t>(block_tables, kName, "block_tables"),
+                       .block_table_stride = block_table_stride,
+                       .scale = scale,
+                       .out = pointer<float>(out, kName, "out")});
+}
+
+void bind_route(ThreadPool& pool, const PackedMatrix& router, Address x, int64_t num_tokens, Address bias,
+                const std::string& scoring, int64_t num_groups, int64_t topk_groups, int64_t k, bool norm_topk_prob,
+                float routed_scaling_factor, Address topk_ids, Address topk_weights) {
+  constexpr const char* kName = "route";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  if (scoring != "softmax" && scoring != "sigmoid") {
+    throw std::invalid_argument("route: scoring '" + scoring + "' is unknown; choose softmax or sigmoid");
+  }
+  if (num_tokens == 0) return;
+  route(pool, router,
+        {.x = pointer<const float>(x, kName, "x"),
+         .num_tokens = num_tokens,
+         .bias = reinterpret_cast<const float*>(bias),
+         .sigmoid = scoring == "sigmoid",
+         .num_groups = num_groups,
+         .topk_groups = topk_groups,
+         .k = k,
+         .normalise = norm_topk_prob,
+         .scaling = routed_scaling_factor,
+         .topk_ids = pointer<int32_t>(topk_ids, kName, "topk_ids"),
+         .topk_weights = pointer<float>(topk_weights, kName, "topk_weights")});
+}
+
+void bind_transposed(ThreadPool& pool, const PackedMatrix& matrix, Address x, int64_t num_tokens,
+                     int64_t x_token_stride, int64_t x_batch_stride, Address out, int64_t out_token_stride,
+                     int64_t out_batch_stride) {
+  constexpr const char* kName = "linear_transposed_batched";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  if (num_tokens == 0) return;
+  linear_transposed_batched(pool, matrix, pointer<const float>(x, kName, "x"), num_tokens, x_token_stride,
+                            x_batch_stride, pointer<float>(out, kName, "out"), out_token_stride, out_batch_stride);
+}
+
+void bind_moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, Address x,
+              int64_t num_tokens, Address topk_ids, Address topk_weights, int64_t k, Address out) {
+  constexpr const char* kName = "moe";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  check_count(k, 1, kName, "k");
+  if (num_tokens == 0) return;
+  moe(pool, gate, up, down,
+      {.x = pointer<const float>(x, kName, "x"),
+       .num_tokens = num_tokens,
+       .topk_ids = pointer<const int32_t>(topk_ids, kName, "topk_ids"),
+       .topk_weights = pointer<const float>(topk_weights, kName, "topk_weights"),
+       .k = k,
+       .out = pointer<float>(out, kName, "out")});
+}
+
+void bind_mlp(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, Address x,
+              int64_t num_tokens, Address out) {
+  constexpr const char* kName = "mlp";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  if (num_tokens == 0) return;
+  mlp(pool, gate, up, down, pointer<const float>(x, kName, "x"), num_tokens, pointer<float>(out, kName, "out"));
+}
+
+}  // namespace
+
+void bind_ops(nb::module_& m) {
+  m.def("rms_norm", &bind_norm, "pool"_a, "x"_a, "num_tokens"_a, "dim"_a, "weight"_a, "eps"_a, "residual"_a, "out"_a,
+        Unlocked(), "RMS normalisation of float32 [num_tokens, dim]; residual (address, 0: none) is added to in place first.");
+  m.def("mla_append", &bind_append, "pool"_a, "q"_a, "num_tokens"_a, "num_heads"_a, "head_dim"_a, "kv"_a, "kv_norm"_a,
+        "eps"_a, "rope"_a, "max_positions"_a, "cache"_a, "cache_format"_a, "num_blocks"_a, "latent_dim"_a, "rope_dim"_a,
+        "positions"_a, "slot_mapping"_a, Unlocked(),
+        "Rotates q in place, normalises and rotates kv and stores it in the latent cache (attention.h).");
+  m.def("mla_attention", &bind_attention, "pool"_a, "q"_a, "q_latent"_a, "num_tokens"_a, "num_heads"_a, "head_dim"_a,
+        "cache"_a, "cache_format"_a, "num_blocks"_a, "latent_dim"_a, "rope_dim"_a, "num_sequences"_a, "positions"_a,
+        "query_start"_a, "seq_lens"_a, "block_tables"_a, "block_table_stride"_a, "scale"_a, "out"_a, Unlocked(),
+        "Causal attention over the latent cache (attention.h): out is float32 [num_tokens, num_heads, latent_dim].");
+  m.def("route", &bind_route, "pool"_a, "router"_a, "x"_a, "num_tokens"_a, "bias"_a, "scoring"_a, "num_groups"_a,
+        "topk_groups"_a, "k"_a, "norm_topk_prob"_a, "routed_scaling_factor"_a, "topk_ids"_a, "topk_weights"_a,
+        Unlocked(), "Chooses k experts for each token; bias (address, 0: none) takes part in the choice alone.");
+  m.def("linear_transposed_batched", &bind_transposed, "pool"_a, "matrix"_a, "x"_a, "num_tokens"_a, "x_token_stride"_a,
+        "x_batch_stride"_a, "out"_a, "out_token_stride"_a, "out_batch_stride"_a, Unlocked(),
+        "out[t, b, cols] = x[t, b, rows] @ W[b], float32 arithmetic on dequantised weights; strides in elements.");
+  m.def("moe", &bind_moe, "pool"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "num_tokens"_a, "topk_ids"_a, "topk_weights"_a,
+        "k"_a, "out"_a, Unlocked(), "A whole layer of routed experts; ids of -1 contribute nothing.");
+  m.def("mlp", &bind_mlp, "pool"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "num_tokens"_a, "out"_a, Unlocked(),
+        "A dense SwiGLU block.");
+  m.def("measure_read_bandwidth", &measure_read_bandwidth, "pool"_a, "bytes"_a, "seconds"_a, "num_threads"_a = 0,
+        Unlocked(), "Bytes a second read from RAM, the best of several loops, by num_threads threads (0: all).");
+  m.def("scratch_bytes", &Scratch::total_bytes, "Bytes of scratch memory held by the operations, over all threads.");
+  m.def("release_scratch", &Scratch::release, "Gives the calling thread's scratch memory back.");
+  m.def("fill_scratch", &Scratch::fill, "byte"_a, "Overwrites the calling thread's scratch memory, for tests.");
+}
+
+}  // namespace hybrid

@@ -1,0 +1,313 @@
+#include "moe.h"
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "linear.h"
+#include "ops.h"
+#include "scratch.h"
+
+namespace hybrid {
+namespace {
+
+constexpr int64_t kPairsPerShare = 128;          // bounds a worker's tile and the reuse of activations in cache
+constexpr int64_t kFewPairs = 64;                // up to here the sum over experts is part of the down pass
+constexpr int64_t kChunkBytes = int64_t{256} << 20;  // of scratch for a chunk of tokens
+constexpr int64_t kSliceBytes = int64_t{64} << 20;   // of down's results kept at once
+constexpr int64_t kUnitsPerThread = 4;           // wanted, so that threads end together
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// One of the three weights with the kernel that multiplies by it.
+struct Weight {
+  const PackedMatrix& matrix;
+  const KernelRow& kernel;
+  bool rounds_input() const { return kernel.activation == ActFormat::q8; }
+
+  // 16-row groups [group, end_group) of an expert, written side by side.
+  void multiply(int64_t expert, int64_t group, int64_t end_group, const Activations& x, const int32_t* token_ids,
+                int64_t num_tokens, float* out, int64_t out_stride) const {
+    for (int64_t g = group; g < end_group; ++g) {
+      kernel.dot(matrix.group(expert, g), matrix.cols(), x, token_ids, static_cast<int32_t>(num_tokens),
+                 out + (g - group) * kGroupRows, out_stride);
+    }
+  }
+};
+
+// Pairs [first, end) of one expert, pairs being sorted by expert.
+struct Share {
+  int32_t expert, first, end;
+  int32_t size() const { return end - first; }
+};
+
+class Layer {
+ public:
+  Layer(ThreadPool& pool, const Weight& gate, const Weight& up, const Weight& down, const MoeArgs& args)
+      : pool_(pool),
+        gate_(gate),
+        up_(up),
+        down_(down),
+        args_(args),
+        ops_(ops_table(current_isa())),
+        scratch_(Scratch::fresh()),
+        num_experts_(gate.matrix.batch()),
+        intermediate_(gate.matrix.rows()),
+        hidden_size_(down.matrix.rows()) {}
+
+  void run() {
+    sort_pairs();
+    if (num_pairs_ == 0) {
+      std::fill_n(args_.out, args_.num_tokens * hidden_size_, 0.0f);
+      return;
+    }
+    round_inputs();
+    gate_and_up();
+    if (num_pairs_ <= kFewPairs) {
+      down_and_sum();
+    } else {
+      down_by_slices();
+    }
+  }
+
+ private:
+  int32_t expert_of(int64_t slot) const { return args_.topk_ids == nullptr ? 0 : args_.topk_ids[slot]; }
+
+  int64_t groups(int64_t rows) const { return (rows + kGroupRows - 1) / kGroupRows; }
+
+  // A counting sort by expert; within an expert pairs keep the order of the tokens.
+  void sort_pairs() {
+    const int64_t slots = args_.num_tokens * args_.k;
+    int32_t* next = scratch_.take<int32_t>(num_experts_ + 1);
+    std::fill_n(next, num_experts_ + 1, 0);
+    for (int64_t i = 0; i < slots; ++i) {
+      if (expert_of(i) >= 0) ++next[expert_of(i) + 1];
+    }
+    for (int64_t e = 0; e < num_experts_; ++e) next[e + 1] += next[e];
+    num_pairs_ = next[num_experts_];
+    shares_ = scratch_.take<Share>(num_experts_ + num_pairs_ / kPairsPerShare + 1);
+    for (int32_t e = 0; e < num_experts_; ++e) {
+      for (int32_t first = next[e]; first < next[e + 1]; first += kPairsPerShare) {
+        const int32_t end = std::min<int32_t>(next[e + 1], first + kPairsPerShare);
+        shares_[num_shares_++] = {e, first, end};
+      }
+    }
+    token_of_pair_ = scratch_.take<int32_t>(num_pairs_);
+    pair_of_slot_ = scratch_.take<int32_t>(slots);
+    for (int64_t i = 0; i < slots; ++i) {
+      const int32_t expert = expert_of(i);
+      pair_of_slot_[i] = expert < 0 ? -1 : next[expert]++;
+      if (expert >= 0) token_of_pair_[pair_of_slot_[i]] = static_cast<int32_t>(i / args_.k);
+    }
+  }
+
+  void round_inputs() {
+    const int64_t cols = gate_.matrix.cols();
+    const bool rounds = gate_.rounds_input() || up_.rounds_input();
+    const QuantizedRows rows(scratch_, rounds ? args_.num_tokens : 0, cols);
+    if (rounds) {
+      for_each_token(pool_, args_.num_tokens, cols, [&](int64_t t, int) { rows.quantize(t, args_.x + t * cols); });
+      inputs_ = rows.rows();
+    }
+    inputs_.f32 = args_.x;
+    inputs_.f32_stride = cols;
+  }
+
+  // Rows a unit takes: as many as leave enough units for the threads.
+  int64_t rows_of_unit(int64_t rows, int64_t others) const {
+    int64_t taken = kActBlock;
+    while (taken > kGroupRows && (rows + taken - 1) / taken * others < kUnitsPerThread * pool_.num_threads()) taken /= 2;
+    return taken;
+  }
+
+  // A unit is some rows of gate and up for a share. Rounding needs 256 rows: a unit that has fewer leaves
+  // it to the last of its block.
+  void gate_and_up() {
+    const int64_t rows = rows_of_unit(intermediate_, num_shares_), units = (intermediate_ + rows - 1) / rows;
+    const bool rounds = down_.rounds_input();
+    if (rounds) rounded_.emplace(scratch_, num_pairs_, intermediate_);
+    if (!rounds || rows < kActBlock) plain_ = scratch_.take<float>(num_pairs_ * plain_stride_);
+    if (rounds && rows < kActBlock) {
+      ready_rows_ = scratch_.take<std::atomic<int32_t>>(num_shares_ * num_blocks_);
+      for (int64_t i = 0; i < num_shares_ * num_blocks_; ++i) ready_rows_[i].store(0, std::memory_order_relaxed);
+    }
+    const int64_t tile = kPairsPerShare * rows;
+    float* tiles = scratch_.take<float>(2 * tile * pool_.num_threads());
+    pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int worker) {
+      const int64_t s = unit / units, row = unit % units * rows;
+      const int64_t end = std::min(row + rows, plain_stride_);
+      float* gate_tile = tiles + 2 * tile * worker;
+      activate(shares_[s], row, end, gate_tile, gate_tile + tile);
+      if (rounds) round_block(s, row, end, gate_tile);
+    });
+  }
+
+  // silu(gate x) * up x, into the plain hidden rows or, without those, into gate_tile ([pairs][end - row]).
+  void activate(const Share& share, int64_t row, int64_t end, float* gate_tile, float* up_tile) const {
+    const int64_t group = row / kGroupRows, end_group = end / kGroupRows, width = end - row;
+    float* target = plain_ == nullptr ? gate_tile : plain_ + share.first * plain_stride_ + row;
+    const int64_t stride = plain_ == nullptr ? width : plain_stride_;
+    const int32_t* tokens = token_of_pair_ + share.first;
+    gate_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), target, stride);
+    up_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), up_tile, width);
+    for (int64_t i = 0; i < share.size(); ++i) {
+      ops_.swiglu(target + i * stride, up_tile + i * width, width, target + i * stride);
+    }
+  }
+
+  // Rounds the 256 columns that rows [row, end) belong to, once all of them are there.
+  void round_block(int64_t s, int64_t row, int64_t end, const float* tile) const {
+    const Share& share = shares_[s];
+    const int64_t block = row / kActBlock, col = block * kActBlock;
+    if (ready_rows_ != nullptr) {
+      const int64_t wanted = std::min<int64_t>(kActBlock, plain_stride_ - col), done = end - row;
+      // Release what was written here; acquire what the block's other units wrote.
+      std::atomic<int32_t>& ready = ready_rows_[s * num_blocks_ + block];
+      if (ready.fetch_add(static_cast<int32_t>(done), std::memory_order_acq_rel) + done < wanted) return;
+    }
+    for (int64_t i = 0; i < share.size(); ++i) {
+      const float* x = plain_ == nullptr ? tile + i * (end - row) : plain_ + (share.first + i) * plain_stride_ + col;
+      rounded_->quantize_columns(share.first + i, col, std::min<int64_t>(kActBlock, intermediate_ - col), x);
+    }
+  }
+
+  Activations hidden_rows(const Share& share) const {
+    if (rounded_) return rounded_->rows(share.first);
+    return float_rows(plain_ + share.first * plain_stride_, plain_stride_);
+  }
+
+  // Few pairs: a unit takes some rows of down for all experts and sums them up.
+  void down_and_sum() {
+    const int64_t rows = rows_of_unit(hidden_size_, 1), units = (hidden_size_ + rows - 1) / rows;
+    float* tiles = scratch_.take<float>(num_pairs_ * rows * pool_.num_threads());
+    take_row_pointers();
+    pool_.parallel_for(units, [&](int64_t unit, int worker) {
+      const int64_t row = unit * rows, end_group = groups(std::min(row + rows, hidden_size_));
+      float* tile = tiles + worker * num_pairs_ * rows;
+      for (int64_t s = 0; s < num_shares_; ++s) {
+        const Share& share = shares_[s];
+        down_.multiply(share.expert, row / kGroupRows, end_group, hidden_rows(share), nullptr,
+                       share.size(), tile + share.first * rows, rows);
+      }
+      for (int64_t t = 0; t < args_.num_tokens; ++t) {
+        sum_token(t, tile, rows, row, std::min(rows, hidden_size_ - row), worker);
+      }
+    });
+  }
+
+  // Many pairs: down's results are kept for a slice of the rows, then summed.
+  void down_by_slices() {
+    const int64_t padded = round_up(hidden_size_, kGroupRows);
+    const int64_t affordable = kSliceBytes / static_cast<int64_t>(sizeof(float)) / num_pairs_ / kActBlock * kActBlock;
+    const int64_t slice = std::min(padded, std::max<int64_t>(kActBlock, affordable));
+    float* results = scratch_.take<float>(num_pairs_ * slice);
+    take_row_pointers();
+    for (int64_t first = 0; first < hidden_size_; first += slice) {
+      const int64_t width = std::min(slice, padded - first);
+      const int64_t rows = rows_of_unit(width, num_shares_), units = (width + rows - 1) / rows;
+      pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int) {
+        const Share& share = shares_[unit / units];
+        const int64_t row = unit % units * rows;
+        down_.multiply(share.expert, (first + row) / kGroupRows, groups(first + std::min(row + rows, width)),
+                       hidden_rows(share), nullptr, share.size(),
+                       results + share.first * slice + row, slice);
+      });
+      for_each_token(pool_, args_.num_tokens, args_.k * width, [&](int64_t t, int worker) {
+        sum_token(t, results, slice, first, std::min(width, hidden_size_ - first), worker);
+      });
+    }
+  }
+
+  void take_row_pointers() { rows_of_token_ = scratch_.take<const float*>(args_.k * pool_.num_threads()); }
+
+  // out[token, row : row + n] from results [num_pairs][stride].
+  void sum_token(int64_t token, const float* results, int64_t stride, int64_t row, int64_t n, int worker) const {
+    const float** rows = rows_of_token_ + worker * args_.k;
+    for (int64_t i = 0; i < args_.k; ++i) {
+      const int32_t pair = pair_of_slot_[token * args_.k + i];
+      rows[i] = pair < 0 ? nullptr : results + pair * stride;
+    }
+    const float one = 1.0f;
+    const float* weights = args_.topk_weights == nullptr ? &one : args_.topk_weights + token * args_.k;
+    ops_.weighted_sum(rows, weights, static_cast<int32_t>(args_.k), n, args_.out + token * hidden_size_ + row);
+  }
+
+  ThreadPool& pool_;
+  const Weight &gate_, &up_, &down_;
+  const MoeArgs& args_;
+  const OpsTable& ops_;
+  Scratch& scratch_;
+  const int64_t num_experts_, intermediate_, hidden_size_;
+  int64_t num_pairs_ = 0, num_shares_ = 0;
+  Share* shares_ = nullptr;
+  int32_t *token_of_pair_ = nullptr, *pair_of_slot_ = nullptr;
+  Activations inputs_;
+  // The hidden rows, one for each pair: rounded (where down is quantised), plain, or both (where units are
+  // smaller than a block; then ready_rows_ [num_shares][num_blocks_] counts the rows done).
+  const int64_t plain_stride_ = round_up(intermediate_, kGroupRows), num_blocks_ = (intermediate_ + kActBlock - 1) / kActBlock;
+  std::optional<QuantizedRows> rounded_;
+  float* plain_ = nullptr;
+  std::atomic<int32_t>* ready_rows_ = nullptr;
+  const float** rows_of_token_ = nullptr;
+};
+
+[[noreturn]] void refuse(const std::string& problem) { throw std::invalid_argument(problem); }
+
+std::string shape_of(const PackedMatrix& m) {
+  return "[" + std::to_string(m.batch()) + ", " + std::to_string(m.rows()) + ", " + std::to_string(m.cols()) + "]";
+}
+
+void check_shapes(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const char* operation) {
+  const bool alike = gate.batch() == up.batch() && gate.rows() == up.rows() && gate.cols() == up.cols();
+  if (!alike || down.batch() != gate.batch() || down.cols() != gate.rows() || down.rows() != gate.cols()) {
+    refuse(std::string(operation) + ": gate and up must be [experts, intermediate, hidden] and down [experts, hidden, " +
+           "intermediate]; found gate " + shape_of(gate) + ", up " + shape_of(up) + ", down " + shape_of(down));
+  }
+}
+
+void check_ids(const MoeArgs& args, int64_t num_experts) {
+  for (int64_t i = 0; i < args.num_tokens * args.k; ++i) {
+    if (args.topk_ids[i] >= -1 && args.topk_ids[i] < num_experts) continue;
+    refuse("moe: topk_ids of token " + std::to_string(i / args.k) + ", slot " + std::to_string(i % args.k) + " is " +
+           std::to_string(args.topk_ids[i]) + "; it must be -1 or one of the " + std::to_string(num_experts) + " experts");
+  }
+}
+
+// Tokens are taken in chunks so that scratch memory stays bounded.
+void run_layer(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+               const MoeArgs& args) {
+  const Weight weights[3] = {{gate, kernel_for(gate)}, {up, kernel_for(up)}, {down, kernel_for(down)}};
+  const int64_t hidden_bytes = weights[2].rounds_input() ? 2 : 4;
+  const int64_t token_bytes = 2 * gate.cols() + args.k * gate.rows() * hidden_bytes;
+  const int64_t chunk = std::max(kPairsPerShare, kChunkBytes / token_bytes);
+  for (int64_t t = 0; t < args.num_tokens; t += chunk) {
+    MoeArgs part = args;
+    part.x += t * gate.cols();
+    part.num_tokens = std::min(chunk, args.num_tokens - t);
+    if (args.topk_ids != nullptr) part.topk_ids += t * args.k;
+    if (args.topk_weights != nullptr) part.topk_weights += t * args.k;
+    part.out += t * down.rows();
+    Layer(pool, weights[0], weights[1], weights[2], part).run();
+  }
+}
+
+}  // namespace
+
+void moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+         const MoeArgs& args) {
+  check_shapes(gate, up, down, "moe");
+  check_ids(args, gate.batch());
+  run_layer(pool, gate, up, down, args);
+}
+
+void mlp(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+         const float* x, int64_t num_tokens, float* out) {
+  check_shapes(gate, up, down, "mlp");
+  if (gate.batch() != 1) refuse("mlp: takes a single expert, found gate " + shape_of(gate));
+  run_layer(pool, gate, up, down,
+            {.x = x, .num_tokens = num_tokens, .topk_ids = nullptr, .topk_weights = nullptr, .k = 1, .out = out});
+}
+
+}  // namespace hybrid
