@@ -1,0 +1,182 @@
+"""The demo model's training text: little stories told by a grammar.
+
+A story keeps its hero, friend, object and places from the first sentence to the last and follows
+one of eight plots; every sentence is filled from `lexicon.txt` through the templates of `plots.py`. The
+same seed gives the same text. Run it to see some: ``python corpus.py 3``.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __package__:
+    from . import plots
+else:
+    import plots
+
+VOWEL_SOUND = re.compile(r"^(?:[aeio]|u(?!s|ni|k)|hour|honest|honou?r|heir)", re.IGNORECASE)
+IRREGULAR_PLURALS = {
+    "calf": "calves", "deer": "deer", "elk": "elk", "fish": "fish", "goose": "geese", "hoof": "hooves",
+    "knife": "knives", "loaf": "loaves", "lynx": "lynxes", "moose": "moose", "mouse": "mice", "dormouse": "dormice",
+    "ox": "oxen", "salmon": "salmon", "scarf": "scarves", "sheep": "sheep", "shears": "shears",
+    "scissors": "scissors", "tooth": "teeth", "foot": "feet", "trout": "trout", "wolf": "wolves", "bellows": "bellows",
+    "bison": "bison", "watchman": "watchmen", "potato": "potatoes", "tomato": "tomatoes", "octopus": "octopuses",
+    "swine": "swine", "wharf": "wharves", "dairy": "dairies",
+}  # fmt: skip
+# Foods one does not count.
+UNCOUNTED = frozenset(
+    "barley bread broth butter cabbage caramel celery cheese chowder cider cinnamon cocoa cream custard fennel fudge"
+    " garlic ginger gingerbread gravy honey jam jelly juice kale lemonade lettuce marmalade milk mint mustard nutmeg"
+    " oatmeal parsley pasta porridge rice soup spinach stew syrup toast toffee vinegar wheat yogurt salad rhubarb"
+    " peppermint pastry pudding".split()
+)
+FEMALE = {"He": "She", "he": "she", "him": "her", "his": "her", "His": "Her", "himself": "herself"}
+MALE = {word: word for word in FEMALE}
+
+
+def read_lexicon(path: Path) -> dict[str, list[str]]:
+    """Sections of words: ``[name]`` and then the words, separated by spaces."""
+    sections: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            words = sections.setdefault(line.strip("[]"), [])
+        else:
+            words.extend(line.split())
+    return sections
+
+
+def plural(word: str) -> str:
+    if word in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[word]
+    for man in ("man", "woman"):
+        if word.endswith(man):
+            return word[: -len("an")] + "en"
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
+
+
+def present_participle(base: str) -> str:
+    if base.endswith("ie"):
+        return base[:-2] + "ying"
+    if base.endswith("e") and not base.endswith("ee"):
+        return base[:-1] + "ing"
+    if re.search(r"(?:^|[^aeiou])[aeiou][bdgklmnprt]$", base) and base not in ("open", "order", "cover", "gather"):
+        if not re.search(r"(er|en|ow|isit|iver|emember|ower)$", base):
+            return base + base[-1] + "ing"
+    return base + "ing"
+
+
+def choose_alternatives(template: str, rng: random.Random) -> str:
+    """Resolves ``[a|b]``, innermost first."""
+    innermost = re.compile(r"\[([^\[\]]*)\]")
+    while match := innermost.search(template):
+        chosen = rng.choice(match[1].split("|"))
+        template = template[: match.start()] + chosen + template[match.end() :]
+    return template
+
+
+@dataclass
+class Story:
+    """What stays the same throughout one story."""
+
+    lexicon: dict[str, list[str]]
+    rng: random.Random
+    slots: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng, lexicon = self.rng, self.lexicon
+        names: dict[str, str] = {}
+        for person in ("hero", "friend", "other"):
+            female = rng.random() < 0.5
+            pool = [name for name in lexicon["girls" if female else "boys"] if name not in names.values()]
+            names[person] = rng.choice(pool)
+            for word, form in (FEMALE if female else MALE).items():
+                if person == "hero":
+                    self.slots[word] = form
+                elif person == "friend":
+                    self.slots["friend" + word] = form
+        self.slots.update(names)
+        kinds = rng.sample(lexicon["animals"] + lexicon["roles"], 2)
+        self.slots["kind"], self.slots["friendkind"] = kinds
+        self.slots["place"], self.slots["object"] = rng.choice(lexicon["places"]), rng.choice(lexicon["objects"])
+        towns = [rng.choice(lexicon["townheads"]) + rng.choice(lexicon["towntails"]) for _ in range(2)]
+        self.slots["town"], self.slots["town2"] = towns
+
+    def fill(self, template: str) -> str:
+        """A sentence from a template."""
+        text = choose_alternatives(template, self.rng)
+        text = re.sub(r"<(\w+)(?::(\w+))?>", self._draw, text)
+        text = re.sub(r"\{(\w+)\}", lambda match: self.slots[match[1]], text)
+        text = re.sub(r"\ba\(n\) (\S+)", lambda m: ("an " if VOWEL_SOUND.match(m[1]) else "a ") + m[1], text)
+        text = re.sub(r"\bA\(n\) (\S+)", lambda m: ("An " if VOWEL_SOUND.match(m[1]) else "A ") + m[1], text)
+        return capitalised(text)
+
+    def _draw(self, match: re.Match[str]) -> str:
+        section, form = match[1], match[2]
+        words = self.lexicon[section]
+        if form == "s":
+            words = [word for word in words if word not in UNCOUNTED]
+        word = self.rng.choice(words)
+        base, _, past = word.partition(":")
+        if section == "goals":
+            return past if form == "s" else base
+        if form == "ing":
+            return present_participle(base)
+        return plural(base) if form == "s" else (past or base)
+
+    def sentences(self) -> list[str]:
+        rng = self.rng
+        templates = [rng.choice(plots.OPENINGS)]
+        templates += rng.sample(plots.HABITS, rng.choice((1, 1, 2)))
+        for step in rng.choice(plots.PLOTS):
+            templates.append(rng.choice(step))
+        templates += rng.sample(plots.ENDINGS, rng.choice((1, 2)))
+        return [self.fill(template) for template in templates]
+
+    def text(self) -> str:
+        """The story, in two to four paragraphs."""
+        paragraphs: list[list[str]] = [[]]
+        for sentence in self.sentences():
+            if len(paragraphs[-1]) >= 3 and self.rng.random() < 0.4:
+                paragraphs.append([])
+            paragraphs[-1].append(sentence)
+        return "\n\n".join(" ".join(paragraph) for paragraph in paragraphs)
+
+
+def capitalised(text: str) -> str:
+    """The first letter of each sentence in upper case."""
+    text = re.sub(r'^("?)([a-z])', lambda m: m[1] + m[2].upper(), text)
+    return re.sub(r'([.!?] "?)([a-z])', lambda m: m[1] + m[2].upper() if m[1][-1] != '"' else m[0], text)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One training text; with a ``request`` it is a chat of one turn."""
+
+    text: str
+    request: str | None = None
+
+
+def documents(seed: int, chat_share: float = 0.3) -> Iterator[Document]:
+    """Endless stories of a seed."""
+    rng = random.Random(seed)
+    lexicon = read_lexicon(Path(__file__).with_name("lexicon.txt"))
+    while True:
+        story = Story(lexicon, rng)
+        if rng.random() < chat_share:
+            request = story.fill(rng.choice(plots.REQUESTS))
+            reply = story.fill(rng.choice(plots.REPLIES))
+            yield Document(reply + (" " if reply else "") + story.text(), request)
+        else:
+            yield Document(story.text())
+
+
+if __name__ == "__main__":
+    for _, document in zip(range(int(sys.argv[1])), documents(seed=0), strict=False):
+        print(f"{document.request or '-'}\n\n{document.text}\n\n")
