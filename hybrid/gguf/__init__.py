@@ -2,7 +2,9 @@
 
 from hybrid.gguf.dequantize import DEQUANTIZABLE, dequantize
 from hybrid.gguf.reader import MISSING, GGUFFile, TensorInfo
+from hybrid.gguf.rules import ValueType
 from hybrid.gguf.types import TRAITS, GGMLType, TypeTraits, row_bytes, tensor_bytes
+from hybrid.gguf.writer import GGUFWriter
 
 __all__ = [
     "DEQUANTIZABLE",
@@ -10,8 +12,10 @@ __all__ = [
     "TRAITS",
     "GGMLType",
     "GGUFFile",
+    "GGUFWriter",
     "TensorInfo",
     "TypeTraits",
+    "ValueType",
     "dequantize",
     "row_bytes",
     "tensor_bytes",
