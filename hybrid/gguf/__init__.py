@@ -1,6 +1,7 @@
 """GGUF files: reading, writing, and the numbers in their tensors. Needs numpy alone."""
 
 from hybrid.gguf.dequantize import DEQUANTIZABLE, dequantize
+from hybrid.gguf.quantize import QUANTIZABLE, quantize
 from hybrid.gguf.reader import MISSING, GGUFFile, TensorInfo
 from hybrid.gguf.rules import ValueType
 from hybrid.gguf.types import TRAITS, GGMLType, TypeTraits, row_bytes, tensor_bytes
@@ -9,6 +10,7 @@ from hybrid.gguf.writer import GGUFWriter
 __all__ = [
     "DEQUANTIZABLE",
     "MISSING",
+    "QUANTIZABLE",
     "TRAITS",
     "GGMLType",
     "GGUFFile",
@@ -17,6 +19,7 @@ __all__ = [
     "TypeTraits",
     "ValueType",
     "dequantize",
+    "quantize",
     "row_bytes",
     "tensor_bytes",
 ]

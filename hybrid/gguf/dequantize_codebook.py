@@ -42,8 +42,8 @@ def _iq2_xxs(blocks: U8) -> F32:
     n = len(blocks)
     groups = blocks[:, 2:].reshape(n, 8, 8)
     words = groups[..., 4:].copy().view(np.uint32)[..., 0]
-    d: F32 = f16_at(blocks, 0) * (_HALF + (words >> 28).astype(np.float32)) * _QUARTER
-    grid = codebooks.IQ2_XXS_GRID[groups[..., :4]]
+    d = f16_at(blocks, 0) * (_HALF + (words >> 28).astype(np.float32)) * _QUARTER
+    grid: F32 = codebooks.IQ2_XXS_GRID[groups[..., :4]]
     return (d[..., None, None] * grid * _four_sign_indices(words)).reshape(n, 256)
 
 
@@ -51,8 +51,8 @@ def _iq2_xs(blocks: U8) -> F32:
     """d, qs u16[32] (9-bit grid index, 7-bit sign index), scales[8]."""
     n = len(blocks)
     codes = blocks[:, 2:66].view(np.uint16)
-    d: F32 = f16_at(blocks, 0) * (_HALF + _nibbles_in_turn(blocks[:, 66:])) * _QUARTER
-    grid = codebooks.IQ2_XS_GRID[codes & 511].reshape(n, 16, 2, 8)
+    d = f16_at(blocks, 0) * (_HALF + _nibbles_in_turn(blocks[:, 66:])) * _QUARTER
+    grid: F32 = codebooks.IQ2_XS_GRID[codes & 511].reshape(n, 16, 2, 8)
     signs = _signs(codebooks.SIGN_BITS[codes >> 9]).reshape(n, 16, 2, 8)
     return (d[..., None, None] * grid * signs).reshape(n, 256)
 
@@ -60,10 +60,10 @@ def _iq2_xs(blocks: U8) -> F32:
 def _iq2_s(blocks: U8) -> F32:
     """d, qs[32], signs[32], qh[8], scales[8]."""
     n = len(blocks)
-    d: F32 = f16_at(blocks, 0) * (_HALF + _nibbles_in_turn(blocks[:, 74:])) * _QUARTER
+    d = f16_at(blocks, 0) * (_HALF + _nibbles_in_turn(blocks[:, 74:])) * _QUARTER
     high = bit_fields(blocks[:, 66:74, None], 2).reshape(n, 32)
     index = blocks[:, 2:34] | (high.astype(np.uint16) << 8)
-    grid = codebooks.IQ2_S_GRID[index].reshape(n, 16, 2, 8)
+    grid: F32 = codebooks.IQ2_S_GRID[index].reshape(n, 16, 2, 8)
     return (d[..., None, None] * grid * _signs(blocks[:, 34:66]).reshape(n, 16, 2, 8)).reshape(n, 256)
 
 
@@ -71,8 +71,8 @@ def _iq3_xxs(blocks: U8) -> F32:
     """d, qs[64], 8 words of four sign indices and a scale."""
     n = len(blocks)
     words = blocks[:, 66:].view(np.uint32)
-    d: F32 = f16_at(blocks, 0) * (_HALF + (words >> 28).astype(np.float32)) * _HALF
-    grid = codebooks.IQ3_XXS_GRID[blocks[:, 2:66]].reshape(n, 8, 4, 8)
+    d = f16_at(blocks, 0) * (_HALF + (words >> 28).astype(np.float32)) * _HALF
+    grid: F32 = codebooks.IQ3_XXS_GRID[blocks[:, 2:66]].reshape(n, 8, 4, 8)
     return (d[..., None, None] * grid * _four_sign_indices(words)).reshape(n, 256)
 
 
@@ -80,10 +80,10 @@ def _iq3_s(blocks: U8) -> F32:
     """d, qs[64], qh[8], signs[32], scales[4]."""
     n = len(blocks)
     scales = 1 + 2 * _nibbles_in_turn(blocks[:, 106:])
-    d: F32 = f16_at(blocks, 0) * scales.astype(np.float32)
+    d = f16_at(blocks, 0) * scales.astype(np.float32)
     high = np.unpackbits(blocks[:, 66:74], axis=-1, bitorder="little")
     index = blocks[:, 2:66] | (high.astype(np.uint16) << 8)
-    grid = codebooks.IQ3_S_GRID[index].reshape(n, 8, 4, 8)
+    grid: F32 = codebooks.IQ3_S_GRID[index].reshape(n, 8, 4, 8)
     return (d[..., None, None] * grid * _signs(blocks[:, 74:106]).reshape(n, 8, 4, 8)).reshape(n, 256)
 
 
@@ -91,10 +91,10 @@ def _iq1_s(blocks: U8) -> F32:
     """d, qs[32], qh u16[8]: per 32 weights four 3-bit index tops, a 3-bit scale, the delta's sign."""
     n = len(blocks)
     high = blocks[:, 34:].view(np.uint16)
-    d: F32 = f16_at(blocks, 0) * (2 * ((high >> 12) & 7) + 1).astype(np.float32)
+    d = f16_at(blocks, 0) * (2 * ((high >> 12) & 7) + 1).astype(np.float32)
     delta = np.where(high & np.uint16(0x8000), -_DELTA, _DELTA)
     tops = (high[..., None] >> np.array([0, 3, 6, 9], dtype=np.uint16)) & np.uint16(7)
-    grid = codebooks.IQ1_S_GRID[blocks[:, 2:34].reshape(n, 8, 4) | (tops << 8)]
+    grid: F32 = codebooks.IQ1_S_GRID[blocks[:, 2:34].reshape(n, 8, 4) | (tops << 8)]
     return (d[..., None, None] * (grid + delta[..., None, None])).reshape(n, 256)
 
 
@@ -105,11 +105,11 @@ def _iq1_m(blocks: U8) -> F32:
     tops = (scales & np.uint16(0xF000)) >> np.array([12, 8, 4, 0], dtype=np.uint16)
     d = np.bitwise_or.reduce(tops, axis=1, keepdims=True).view(np.float16).astype(np.float32)
     threes = (scales[..., None] >> np.array([0, 3, 6, 9], dtype=np.uint16)) & np.uint16(7)
-    dl: F32 = d * (2 * threes.reshape(n, 16) + 1).astype(np.float32)
+    dl = d * (2 * threes.reshape(n, 16) + 1).astype(np.float32)
     high = bit_fields(blocks[:, 32:48, None], 4).reshape(n, 32)
     delta = np.where(high & np.uint8(8), -_DELTA, _DELTA).reshape(n, 16, 2, 1)
     index = blocks[:, :32] | ((high & np.uint8(7)).astype(np.uint16) << 8)
-    grid = codebooks.IQ1_S_GRID[index].reshape(n, 16, 2, 8)
+    grid: F32 = codebooks.IQ1_S_GRID[index].reshape(n, 16, 2, 8)
     return (dl[..., None, None] * (grid + delta)).reshape(n, 256)
 
 
@@ -123,7 +123,7 @@ def _iq4_xs(blocks: U8) -> F32:
     n = len(blocks)
     high = (blocks[:, 2:4].view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)) & np.uint16(3)
     scales = (_nibbles_in_turn(blocks[:, 4:8]) | (high << 4)).astype(np.int8) - np.int8(32)
-    d: F32 = f16_at(blocks, 0) * scales.astype(np.float32)
+    d = f16_at(blocks, 0) * scales.astype(np.float32)
     values = codebooks.IQ4_NL_VALUES[bit_fields(blocks[:, 8:].reshape(n, 8, 16), 4)]
     return (d[..., None, None] * values).reshape(n, 256)
 

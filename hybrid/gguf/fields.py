@@ -40,3 +40,22 @@ def k_scales(packed: U8) -> tuple[U8, U8]:
     high_mins = (low >> np.uint8(4)) | ((mins >> np.uint8(2)) & np.uint8(48))
     mask = np.uint8(63)
     return np.hstack([scales & mask, high_scales]), np.hstack([mins & mask, high_mins])
+
+
+def f16_bytes(values: F32) -> U8:
+    """``float32`` [n, 1] as float16 bytes, [n, 2]. The values fit already."""
+    return values.astype(np.float16).view(np.uint8)
+
+
+def pack_fields(codes: U8, bits: int) -> U8:
+    """The inverse of `bit_fields`: codes [..., 8 // bits, m] to bytes, flattened to [n, everything else]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    return flat(np.bitwise_or.reduce(codes << shifts, axis=-2))
+
+
+def pack_k_scales(scales: U8, mins: U8) -> U8:
+    """The inverse of `k_scales`: two times ``uint8`` [n, 8] to bytes [n, 12]."""
+    low = (scales[:, 4:] & np.uint8(15)) | (mins[:, 4:] << np.uint8(4))
+    high_scales = (scales[:, 4:] & np.uint8(48)) << np.uint8(2)
+    high_mins = (mins[:, 4:] & np.uint8(48)) << np.uint8(2)
+    return np.hstack([scales[:, :4] | high_scales, mins[:, :4] | high_mins, low])
