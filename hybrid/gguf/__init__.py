@@ -2,6 +2,7 @@
 
 from hybrid.gguf.dequantize import DEQUANTIZABLE, dequantize
 from hybrid.gguf.quantize import QUANTIZABLE, quantize
+from hybrid.gguf.random_blocks import RANDOM_TYPES, random_blocks
 from hybrid.gguf.reader import MISSING, GGUFFile, TensorInfo
 from hybrid.gguf.rules import ValueType
 from hybrid.gguf.types import TRAITS, GGMLType, TypeTraits, row_bytes, tensor_bytes
@@ -11,6 +12,7 @@ __all__ = [
     "DEQUANTIZABLE",
     "MISSING",
     "QUANTIZABLE",
+    "RANDOM_TYPES",
     "TRAITS",
     "GGMLType",
     "GGUFFile",
@@ -20,6 +22,7 @@ __all__ = [
     "ValueType",
     "dequantize",
     "quantize",
+    "random_blocks",
     "row_bytes",
     "tensor_bytes",
 ]

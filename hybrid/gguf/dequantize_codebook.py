@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.gguf import codebooks
-from hybrid.gguf.fields import F32, U8, bit_fields, f16_at, flat
+from hybrid.gguf.fields import F32, U8, bit_fields, f16_at, flat, iq1_m_scale
 from hybrid.gguf.types import GGMLType
 
 _DELTA = np.float32(0.125)
@@ -102,8 +102,7 @@ def _iq1_m(blocks: U8) -> F32:
     """qs[32], qh[16], scales u16[4]: four 3-bit scales each, the top nibbles together are the float16 d."""
     n = len(blocks)
     scales = blocks[:, 48:56].view(np.uint16)
-    tops = (scales & np.uint16(0xF000)) >> np.array([12, 8, 4, 0], dtype=np.uint16)
-    d = np.bitwise_or.reduce(tops, axis=1, keepdims=True).view(np.float16).astype(np.float32)
+    d = iq1_m_scale(blocks)[:, None].view(np.float16).astype(np.float32)
     threes = (scales[..., None] >> np.array([0, 3, 6, 9], dtype=np.uint16)) & np.uint16(7)
     dl = d * (2 * threes.reshape(n, 16) + 1).astype(np.float32)
     high = bit_fields(blocks[:, 32:48, None], 4).reshape(n, 32)
@@ -140,7 +139,7 @@ def _mxfp4(blocks: U8) -> F32:
     return half_e8m0(blocks[:, :1]) * codebooks.MXFP4_VALUES[flat(bit_fields(blocks[:, 1:], 4))]
 
 
-def _half_ue4m3(codes: U8) -> F32:
+def half_ue4m3(codes: U8) -> F32:
     """Unsigned e4m3, halved because the value table is doubled; 0x7f (NaN) counts as zero, as in ggml."""
     exponent = ((codes >> 3) & 15).astype(np.int32)
     mantissa = (codes & 7).astype(np.float32)
@@ -153,7 +152,7 @@ def _nvfp4(blocks: U8) -> F32:
     """Four ue4m3 scales, qs[32]: 16 weights a scale, low nibbles before high."""
     n = len(blocks)
     values = codebooks.MXFP4_VALUES[bit_fields(blocks[:, 4:].reshape(n, 4, 8), 4).reshape(n, 4, 16)]
-    return (_half_ue4m3(blocks[:, :4])[..., None] * values).reshape(n, 64)
+    return (half_ue4m3(blocks[:, :4])[..., None] * values).reshape(n, 64)
 
 
 def _q1_0(blocks: U8) -> F32:

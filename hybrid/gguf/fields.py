@@ -5,8 +5,37 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hybrid.gguf.types import GGMLType
+
 U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
+
+F16_FIELDS: dict[GGMLType, tuple[int, ...]] = {
+    GGMLType.Q4_0: (0,),
+    GGMLType.Q4_1: (0, 2),
+    GGMLType.Q5_0: (0,),
+    GGMLType.Q5_1: (0, 2),
+    GGMLType.Q8_0: (0,),
+    GGMLType.Q2_K: (80, 82),
+    GGMLType.Q3_K: (108,),
+    GGMLType.Q4_K: (0, 2),
+    GGMLType.Q5_K: (0, 2),
+    GGMLType.Q6_K: (208,),
+    GGMLType.IQ2_XXS: (0,),
+    GGMLType.IQ2_XS: (0,),
+    GGMLType.IQ2_S: (0,),
+    GGMLType.IQ3_XXS: (0,),
+    GGMLType.IQ3_S: (0,),
+    GGMLType.IQ1_S: (0,),
+    GGMLType.IQ4_NL: (0,),
+    GGMLType.IQ4_XS: (0,),
+    GGMLType.TQ1_0: (52,),
+    GGMLType.TQ2_0: (64,),
+    GGMLType.Q1_0: (0,),
+}
+"""Byte offsets of the float16 fields of a block: the scale, then the offset or minimum scale if any.
+IQ1_M has one too, in pieces (`iq1_m_scale`); MXFP4 and NVFP4 have scales of one byte."""
 
 
 def f16_at(blocks: U8, offset: int) -> F32:
@@ -59,3 +88,17 @@ def pack_k_scales(scales: U8, mins: U8) -> U8:
     high_scales = (scales[:, 4:] & np.uint8(48)) << np.uint8(2)
     high_mins = (mins[:, 4:] & np.uint8(48)) << np.uint8(2)
     return np.hstack([scales[:, :4] | high_scales, mins[:, :4] | high_mins, low])
+
+
+def iq1_m_scale(blocks: U8) -> U16:
+    """The bits of IQ1_M's float16 scale, [n]: the top nibbles of the four u16 at byte 48, lowest first."""
+    tops = blocks[:, 48:56].view(np.uint16) >> np.uint16(12)
+    bits: U16 = np.bitwise_or.reduce(tops << np.array([0, 4, 8, 12], dtype=np.uint16), axis=1)
+    return bits
+
+
+def set_iq1_m_scale(blocks: U8, bits: U16) -> None:
+    """Stores float16 bits [n]; the inverse of `iq1_m_scale`."""
+    words = blocks[:, 48:56].view(np.uint16)
+    nibbles = (bits[:, None] >> np.array([0, 4, 8, 12], dtype=np.uint16)) & np.uint16(15)
+    words[...] = (words & np.uint16(0x0FFF)) | (nibbles << np.uint16(12))

@@ -120,7 +120,7 @@ def _mxfp4(x: F32) -> U8:
     """The better of the two exponents between which the largest value meets the largest code."""
     peak = np.abs(x).max(axis=1, keepdims=True)
     exponent = np.floor(np.log2(np.maximum(peak, np.float32(1e-38)))).astype(np.int64) + 125
-    middles: F32 = (MXFP4_VALUES[1:8] + MXFP4_VALUES[:7]) / 2
+    middles = (MXFP4_VALUES[1:8] + MXFP4_VALUES[:7]) * np.float32(0.5)
     encoded = [_mxfp4_codes(x, exponent + more, middles) for more in (0, 1)]
     better = encoded[1][2] < encoded[0][2]
     e, q = (np.where(better, encoded[1][i], encoded[0][i]) for i in (0, 1))
@@ -132,7 +132,8 @@ def _mxfp4_codes(x: F32, exponent: npt.NDArray[np.int64], middles: F32) -> tuple
     e = np.clip(exponent, 0, 254).astype(np.uint8)
     d = half_e8m0(e)
     q = np.searchsorted(middles, np.abs(x) / d).astype(np.uint8) | ((x < 0).astype(np.uint8) << 3)
-    return e, q, np.square(x - d * MXFP4_VALUES[q]).sum(axis=1, keepdims=True)
+    error: F32 = np.square(x - d * MXFP4_VALUES[q]).sum(axis=1, keepdims=True)
+    return e, q.astype(np.uint8), error
 
 
 _ENCODERS: dict[GGMLType, Callable[[F32], U8]] = {
