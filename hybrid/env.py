@@ -1,7 +1,8 @@
 """Every environment variable the runtime reads, in one table.
 
 A variable is parsed when it is asked for; a bad value raises ``ConfigError`` that names the
-variable, the value and what is accepted. Command-line flags and arguments win over variables.
+variable, the value and what is accepted. Each command-line flag ``--some-flag`` has the variable
+``HYBRID_SOME_FLAG`` here, and takes its parser and its help from it; a flag that is given wins.
 """
 
 from __future__ import annotations
@@ -14,11 +15,46 @@ from typing import Any
 from hybrid.errors import ConfigError
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def integer(minimum: int) -> Callable[[str], int]:
+    """A parser of integers >= ``minimum``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def integers(minimum: int) -> Callable[[str], tuple[int, ...]]:
+    """A parser of comma-separated integers >= ``minimum``."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(integer(minimum)(item) for item in text.split(","))
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A parser that accepts exactly these words."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError
+        return text
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """``1/true/yes/on`` or ``0/false/no/off``; the flag of such a variable takes no value."""
+    word = text.lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError
 
 
 @dataclass(frozen=True)
@@ -30,13 +66,69 @@ class EnvVar:
     purpose: str
 
 
+_SWITCH = "1 or 0"
+_NUMBER = "a number"
+_COUNT = "an integer >= 1"
+
 VARIABLES: dict[str, EnvVar] = {
-    "HYBRID_ISA": EnvVar(str, "an ISA this host supports (see `hybrid doctor`)", "force the CPU kernel ISA"),
-    "HYBRID_NUM_THREADS": EnvVar(_positive_int, "an integer >= 1", "CPU worker threads"),
-    "HYBRID_MODEL": EnvVar(str, "a GGUF path", "default of -m"),
-    "HYBRID_LOG_LEVEL": EnvVar(
-        str, "debug, info, warning or error", "log level of the command line"
+    # Models and the machine.
+    "HYBRID_MODEL": EnvVar(str, "a GGUF path, or demo", "model: a GGUF file, or demo"),
+    "HYBRID_RULES": EnvVar(str, "auto", "placement rules"),
+    "HYBRID_CTX_SIZE": EnvVar(integer(0), "an integer >= 0", "context tokens; 0 = the model's own"),
+    "HYBRID_KV_FORMAT": EnvVar(one_of("f32", "f16", "bf16"), "f32, f16 or bf16", "format of the KV cache"),
+    "HYBRID_THREADS": EnvVar(integer(1), _COUNT, "CPU worker threads (default: one for each physical core)"),
+    "HYBRID_ISA": EnvVar(str, "a name `hybrid doctor` lists", "force the CPU kernel ISA"),
+    # Generation.
+    "HYBRID_N_PREDICT": EnvVar(integer(-1), "an integer >= 1, or -1", "tokens to write; -1 = no limit"),
+    "HYBRID_TEMP": EnvVar(float, _NUMBER, "temperature; 0 = greedy"),
+    "HYBRID_TOP_K": EnvVar(int, "an integer", "sample from the k likeliest tokens; 0 = all"),
+    "HYBRID_TOP_P": EnvVar(float, _NUMBER, "sample from the likeliest tokens that hold this probability"),
+    "HYBRID_MIN_P": EnvVar(float, _NUMBER, "drop tokens below this share of the likeliest one"),
+    "HYBRID_REPEAT_PENALTY": EnvVar(float, _NUMBER, "divide the logits of tokens seen before; 1 = off"),
+    "HYBRID_PRESENCE_PENALTY": EnvVar(float, _NUMBER, "subtract once from tokens written before; 0 = off"),
+    "HYBRID_FREQUENCY_PENALTY": EnvVar(float, _NUMBER, "subtract for each time a token was written; 0 = off"),
+    "HYBRID_SEED": EnvVar(integer(0), "an integer >= 0", "seed of the sampling (default: a fresh one)"),
+    "HYBRID_STOP": EnvVar(str, "a text", "end the text before this string; may be given again"),
+    "HYBRID_IGNORE_EOS": EnvVar(boolean, _SWITCH, "go on after an end-of-text token"),
+    "HYBRID_ECHO": EnvVar(boolean, _SWITCH, "print the prompt in front of its continuation"),
+    "HYBRID_SYSTEM": EnvVar(str, "a text", "system message"),
+    # Commands for measuring and describing.
+    "HYBRID_OUTPUT": EnvVar(one_of("md", "csv", "json", "jsonl"), "md, csv, json or jsonl", "output format"),
+    "HYBRID_TENSORS": EnvVar(boolean, _SWITCH, "list every tensor"),
+    "HYBRID_N_PROMPT": EnvVar(
+        integers(0), "integers >= 0, as in 512,2048", "prompt tokens of a test; 0 = no such test"
     ),
+    "HYBRID_N_GEN": EnvVar(
+        integers(0), "integers >= 0, as in 32,128", "generated tokens of a test; 0 = no such test"
+    ),
+    "HYBRID_N_DEPTH": EnvVar(
+        integers(0), "integers >= 0, as in 0,4096", "tokens in the context before a test"
+    ),
+    "HYBRID_REPETITIONS": EnvVar(integer(1), _COUNT, "runs of each test, after a warm-up"),
+    "HYBRID_UBATCH_SIZE": EnvVar(integer(1), _COUNT, "prompt tokens the model is given at once"),
+    "HYBRID_CHUNKS": EnvVar(integer(1), _COUNT, "windows of the text to score (default: all)"),
+    "HYBRID_KL_BASE": EnvVar(str, "a file", "compare with the log-probabilities in this file"),
+    "HYBRID_SAVE_LOGPROBS": EnvVar(str, "a file", "keep this run's log-probabilities for --kl-base"),
+    "HYBRID_OUT": EnvVar(str, "a file", "the file to write"),
+    "HYBRID_EXPERTS": EnvVar(str, "a format", "format of the routed experts' gate and up"),
+    "HYBRID_DOWN": EnvVar(str, "a format", "format of the routed experts' down"),
+    "HYBRID_DENSE": EnvVar(str, "a format", "format of dense layers and shared experts"),
+    "HYBRID_ATTENTION": EnvVar(str, "a format", "format of attention"),
+    "HYBRID_EMBEDDING": EnvVar(str, "a format", "format of the token embedding"),
+    "HYBRID_LM_HEAD": EnvVar(str, "a format", "format of the output matrix"),
+    "HYBRID_LAYERS": EnvVar(integer(1), _COUNT, "number of layers (default: the preset's)"),
+    "HYBRID_NUM_EXPERTS": EnvVar(integer(1), _COUNT, "routed experts of a layer (default: the preset's)"),
+    "HYBRID_EXPERT_WIDTH": EnvVar(integer(1), _COUNT, "width of an expert (default: the preset's)"),
+    "HYBRID_KV_B": EnvVar(
+        one_of("split", "joint"), "split or joint", "attn_k_b and attn_v_b, or one attn_kv_b"
+    ),
+    "HYBRID_HEADER_ONLY": EnvVar(boolean, _SWITCH, "write the header without data, for planning"),
+    "HYBRID_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
+    # Every command.
+    "HYBRID_LOG_LEVEL": EnvVar(
+        one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "what to log on stderr"
+    ),
+    "HYBRID_DEBUG": EnvVar(boolean, _SWITCH, "show the traceback of a failure"),
 }
 
 

@@ -6,6 +6,7 @@ The classes differ by what the caller can do about them, not by where they were 
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 
 
@@ -66,7 +67,32 @@ class CapacityError(HybridError):
 
 
 class RequestError(HybridError, ValueError):
-    """A prompt or a sampling parameter is invalid. The engine is unharmed."""
+    """A prompt or a sampling parameter is invalid. The engine is unharmed.
+
+    ``field`` names the parameter, ``expected`` and ``found`` say what is wrong with it.
+    """
+
+    def __init__(
+        self, problem: str, *, field: str | None = None, expected: str | None = None, found: object = None
+    ) -> None:
+        self.problem, self.field, self.expected, self.found = problem, field, expected, found
+        text = problem if field is None else f"{field}: {problem}"
+        if expected is not None:
+            text += f" (expected {expected}, found {reprlib.repr(found)})"
+        super().__init__(text)
+
+
+class ContextLengthError(RequestError, CapacityError):
+    """A prompt does not fit the context. ``num_prompt_tokens`` and ``max_model_len`` say by how much."""
+
+    def __init__(self, num_prompt_tokens: int, max_model_len: int) -> None:
+        self.num_prompt_tokens, self.max_model_len = num_prompt_tokens, max_model_len
+        super().__init__(
+            f"the prompt has {num_prompt_tokens} tokens, and the context of {max_model_len} takes at most "
+            f"{max_model_len - 1} and one written token. Shorten it, or load the model with a larger context "
+            "(max_model_len, -c)",
+            field="prompt",
+        )
 
 
 class ConfigError(HybridError, ValueError):

@@ -1,0 +1,113 @@
+"""Command-line flags: each one has its environment variable, its parser and its help in `hybrid.env`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hybrid import env
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hybrid.llm import LLM
+    from hybrid.sampling_params import SamplingParams
+
+
+class _Unset(NamedTuple):
+    """Default of a flag until the command line is parsed; then its variable or ``fallback`` replaces it."""
+
+    variable: str
+    fallback: Any
+
+
+def flag(
+    parser: argparse._ActionsContainer,
+    *names: str,
+    default: Any = None,
+    help: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Add an option whose last long name ``--some-flag`` is described by ``HYBRID_SOME_FLAG``.
+
+    Variables parsed by `env.boolean` become switches. ``help`` replaces the table's text.
+    """
+    long_names = [name for name in names if name.startswith("--")]
+    variable = "HYBRID_" + long_names[-1][2:].upper().replace("-", "_")
+    entry = env.VARIABLES[variable]
+    text = (help or entry.purpose).replace("%", "%%")
+    if default is not None and default is not False:
+        text += f" (default: {default})"
+    if entry.parse is env.boolean:
+        kwargs.setdefault("action", "store_true")
+    else:
+        kwargs.setdefault("type", _argument_type(entry))
+        kwargs.setdefault("metavar", long_names[-1][2:].rpartition("-")[2].upper())
+    parser.add_argument(
+        *names,
+        dest=long_names[-1][2:].replace("-", "_"),
+        default=_Unset(variable, default),
+        help=f"{text} [{variable}]",
+        **kwargs,
+    )
+
+
+def _argument_type(entry: env.EnvVar) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return entry.parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {entry.accepts}, found {text!r}") from None
+
+    return parse
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Give every flag that was not given the value of its variable, or its default.
+
+    Raises:
+        ConfigError: a variable that is needed does not parse.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, _Unset):
+            found = env.get(value.variable)
+            setattr(args, name, value.fallback if found is None else found)
+    return args
+
+
+def add_general(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command."""
+    group = parser.add_argument_group("general")
+    flag(group, "--log-level", default="warning")
+    flag(group, "--debug")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """``-m``: the demo model unless something else is asked for."""
+    flag(parser, "-m", "--model", default="demo")
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Flags that `open_model` reads, besides ``-m``."""
+    group = parser.add_argument_group("machine")
+    flag(group, "-c", "--ctx-size")
+    flag(group, "-ctk", "--cache-type-k", "--kv-format", default="f16")
+    flag(group, "-t", "--threads")
+    flag(group, "--isa")
+    flag(group, "--rules", default="auto")
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
+    """Flags that `sampling_params` reads."""
+    group = parser.add_argument_group("sampling")
+    flag(group, "-n", "--predict", "--n-predict", default=n_predict)
+    flag(group, "--temp", default=0.8)
+    flag(group, "--top-k", default=40)
+    flag(group, "--top-p", default=0.95)
+    flag(group, "--min-p", default=0.05)
+    flag(group, "--repeat-penalty", default=1.0)
+    flag(group, "--presence-penalty", default=0.0)
+    flag(group, "--frequency-penalty", default=0.0)
+    flag(group, "-s", "--seed")
+    flag(group, "--stop", action="append")
+    flag(group, "--ignore-eos")

@@ -1,0 +1,45 @@
+"""Options of the engine as one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybrid.errors import ConfigError
+
+KVFormat = Literal["f32", "f16", "bf16"]
+DEFAULT_MAX_MODEL_LEN = 8192  # context when none is asked for and the model has more
+MAX_WHOLE_LOGPROBS_BYTES = 2 << 30  # one request's log-probabilities of the whole vocabulary
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine is sized for.
+
+    Attributes:
+        max_model_len: tokens of prompt and text together in one request.
+        max_num_seqs: requests that run at once; the cache holds this many full contexts.
+        max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
+        seed: requests without a seed of their own draw one from this.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 1
+    max_num_batched_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, minimum in (
+            ("max_model_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{field}: expected an integer >= {minimum}, found {value!r}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_batched_tokens: expected at least max_num_seqs = {self.max_num_seqs}, "
+                f"found {self.max_num_batched_tokens}"
+            )

@@ -1,0 +1,120 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+
+import torch
+
+from hybrid.engine.logprobs import PromptLogprobsBuilder
+from hybrid.outputs import FinishReason, PromptLogprobs, RequestMetrics, TokenLogprobs
+from hybrid.sampling_params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A chosen token, its log-probability and, if asked for, those of others."""
+
+    token_id: int
+    logprob: float | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What one step did for a request: the new token, and how the request stands."""
+
+    request_id: str
+    sampled: SampledToken
+    metrics: RequestMetrics
+    prompt_logprobs: PromptLogprobs | list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+
+
+class Sequence:
+    """Tokens of a request and how far they are computed.
+
+    The first ``num_computed_tokens`` of ``token_ids`` are in the cache, in the blocks of ``block_table``.
+    A step computes some of the rest; when none is left, a new token is chosen and appended.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Tokens[int],
+        params: SamplingParams,
+        *,
+        end_token_ids: frozenset[int],
+        max_tokens: int,
+        seed: int,
+        prompt_logprobs: PromptLogprobsBuilder | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.params = params
+        self.end_token_ids = frozenset() if params.ignore_eos else end_token_ids
+        self.max_tokens = max_tokens
+        self.generator = torch.Generator().manual_seed(seed)
+        self.prompt_logprobs = prompt_logprobs
+        self.block_table: list[int] = []
+        self.num_computed_tokens = 0
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.arrived = time.perf_counter()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def stopping_token_ids(self) -> frozenset[int]:
+        """Tokens that end the text: the model's and the request's."""
+        return self.end_token_ids.union(self.params.stop_token_ids or ())
+
+    def append(self, token_id: int) -> None:
+        """Add a chosen token and see whether the request ends with it."""
+        self.token_ids.append(token_id)
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        if self.num_output_tokens >= self.params.min_tokens and token_id in self.stopping_token_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = None if token_id in self.end_token_ids else token_id
+        elif self.num_output_tokens >= self.max_tokens:
+            self.finish_reason = "length"
+
+    def metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated_tokens=self.num_output_tokens,
+            queue_s=_difference(self.arrived, self.started),
+            prompt_s=_difference(self.started, self.first_token),
+            generation_s=_difference(self.first_token, self.last_token),
+        )
+
+
+def _difference(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
