@@ -1,0 +1,319 @@
+"""What this machine offers the runtime: cores, instruction sets, memory, its measured speed, GPUs.
+
+Everything is read from /proc and /sys below ``root``, so that tests can show it other machines.
+Nothing here needs a GPU driver, and nothing fails without one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import ConfigError
+from hybrid.kernels import cpu
+
+_VERSIONED = ("hybrid-moe", "numpy", "torch", "triton", "gguf", "tokenizers")
+_NVIDIA_FIELDS = (
+    "name",
+    "memory.total",
+    "driver_version",
+    "compute_cap",
+    "pcie.link.gen.max",
+    "pcie.link.width.max",
+)
+_MIN_BANDWIDTH_BYTES = 256 << 20
+_MEASURE_SECONDS = 0.6
+
+
+@dataclass(frozen=True)
+class Cores:
+    """CPU numbers are counts; ``allowed`` is what this process may use (taskset, cpuset)."""
+
+    model: str
+    logical: int
+    allowed: int
+    physical_allowed: int
+    allowed_list: str
+
+
+@dataclass(frozen=True)
+class IsaChoice:
+    """``missing`` maps each instruction set this host lacks to the CPU features it would need."""
+
+    chosen: str
+    reason: str
+    supported: list[str]
+    missing: dict[str, list[str]]
+    features: list[str]
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    node: int
+    cpus: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class HugePages:
+    """``transparent`` is the kernel's mode; ``reserved`` maps a page size to (pages, free pages)."""
+
+    transparent: str
+    reserved: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. Limits are None where there is none."""
+
+    total_bytes: int
+    available_bytes: int
+    swap_bytes: int
+    cgroup_limit_bytes: int | None
+    locked_limit_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Measured reads of RAM, bytes per second; the buffer is several times the last-level cache."""
+
+    threads: int
+    buffer_bytes: int
+    one_thread: float
+    all_threads: float
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_bytes: int | None
+    driver: str
+    compute_capability: str
+    pcie: str
+
+
+def cores(root: Path = Path("/")) -> Cores:
+    info = _read(root / "proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.*)$", info, re.MULTILINE)
+    allowed = sorted(os.sched_getaffinity(0))
+    return Cores(
+        model=model.group(1) if model else platform.machine(),
+        logical=os.cpu_count() or len(allowed),
+        allowed=len(allowed),
+        physical_allowed=len(cpu.physical_cores()),
+        allowed_list=_ranges(allowed),
+    )
+
+
+def isa_choice(wanted: str | None = None) -> IsaChoice:
+    """The instruction set kernels would use, and what keeps the host from a better one.
+
+    Raises:
+        ConfigError: ``wanted`` is unknown or unsupported.
+    """
+    try:
+        chosen = cpu.select_isa(wanted)
+    except ValueError as error:
+        raise ConfigError(f"--isa: {error}") from None
+    supported = cpu.supported_isas()
+    missing = {isa: cpu.isa_missing(isa) for isa in cpu.isas() if isa not in supported}
+    reason = "the best this host supports" if wanted is None else "asked for"
+    present = [name for name, there in cpu.cpu_features().items() if there]
+    return IsaChoice(chosen, reason, supported, missing, present)
+
+
+def numa_nodes(root: Path = Path("/")) -> list[NumaNode]:
+    nodes = []
+    for folder in sorted(
+        (root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])
+    ):
+        sizes = dict(re.findall(r"(MemTotal|MemFree):\s*(\d+) kB", _read(folder / "meminfo")))
+        nodes.append(
+            NumaNode(
+                node=int(folder.name[4:]),
+                cpus=_read(folder / "cpulist").strip(),
+                total_bytes=int(sizes.get("MemTotal", 0)) * 1024,
+                free_bytes=int(sizes.get("MemFree", 0)) * 1024,
+            )
+        )
+    return nodes
+
+
+def huge_pages(root: Path = Path("/")) -> HugePages:
+    mode = re.search(r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    reserved = {}
+    for folder in sorted((root / "sys/kernel/mm/hugepages").glob("hugepages-*")):
+        counts = [int(_read(folder / name) or 0) for name in ("nr_hugepages", "free_hugepages")]
+        reserved[folder.name.removeprefix("hugepages-")] = (counts[0], counts[1])
+    return HugePages(mode.group(1) if mode else "unavailable", reserved)
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    sizes = dict(re.findall(r"^(\w+):\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return Memory(
+        total_bytes=int(sizes.get("MemTotal", 0)) * 1024,
+        available_bytes=int(sizes.get("MemAvailable", 0)) * 1024,
+        swap_bytes=int(sizes.get("SwapTotal", 0)) * 1024,
+        cgroup_limit_bytes=cgroup_memory_limit(root),
+        locked_limit_bytes=None if locked == resource.RLIM_INFINITY else locked,
+    )
+
+
+def cgroup_memory_limit(root: Path = Path("/")) -> int | None:
+    """The smallest memory limit of this process's control group and its ancestors, version 2 or 1."""
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            base, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            text = _read(base.joinpath(*parts[:depth], name)).strip()
+            if text.isdigit() and int(text) < 1 << 60:  # version 1 writes a huge number for "none"
+                limits.append(int(text))
+    return min(limits, default=None)
+
+
+def bandwidth(
+    num_threads: int | None = None,
+    *,
+    root: Path = Path("/"),
+    seconds: float = _MEASURE_SECONDS,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Bandwidth:
+    """Measures how fast RAM is read by one thread and by all (default: one for each physical core)."""
+    physical = cpu.physical_cores()
+    pool = cpu.ThreadPool(num_threads or len(physical), physical)
+    buffer_bytes = max(_MIN_BANDWIDTH_BYTES, 4 * last_level_cache_bytes(root))
+    buffer_bytes = min(buffer_bytes, max(_MIN_BANDWIDTH_BYTES, memory(root).available_bytes // 4))
+    announce(f"measuring memory bandwidth, {pool.num_threads} threads")
+    all_threads = cpu.measure_read_bandwidth(pool, buffer_bytes, seconds)
+    announce("measuring memory bandwidth, 1 thread")
+    one_thread = cpu.measure_read_bandwidth(pool, buffer_bytes, seconds, 1)
+    return Bandwidth(pool.num_threads, buffer_bytes, one_thread, max(one_thread, all_threads))
+
+
+def last_level_cache_bytes(root: Path = Path("/")) -> int:
+    """Bytes of all last-level caches together; 0 if unknown."""
+    caches = {}
+    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
+        size = _read(folder / "size").strip()
+        if size.endswith("K") and size[:-1].isdigit():
+            caches[_read(folder / "shared_cpu_list").strip()] = int(size[:-1]) * 1024
+    return sum(caches.values())
+
+
+def gpus(root: Path = Path("/")) -> tuple[list[Gpu], str]:
+    """The NVIDIA GPUs, and a line about the driver."""
+    version = re.search(
+        r"Kernel Module\S*\s+(?:for \S+\s+)?([\d.]+)", _read(root / "proc/driver/nvidia/version")
+    )
+    if version is None and shutil.which("nvidia-smi") is None:
+        return [], "no NVIDIA driver: models run on the CPU"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={','.join(_NVIDIA_FIELDS)}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        loaded = version.group(1) if version else "unknown"
+        return [], f"driver {loaded} is loaded, but nvidia-smi does not answer ({type(error).__name__})"
+    found = [parse_gpu(line) for line in done.stdout.splitlines() if line.strip()]
+    driver = found[0].driver if found else "unknown"
+    return found, f"driver {driver}"
+
+
+def parse_gpu(line: str) -> Gpu:
+    """One line of nvidia-smi's CSV, fields in the order asked for."""
+    name, mib, driver, capability, generation, width = (part.strip() for part in line.split(","))
+    size = int(mib) * 1024 * 1024 if mib.isdigit() else None
+    return Gpu(name, size, driver, capability, f"{generation}.0 x{width}")
+
+
+def versions() -> dict[str, str]:
+    found = {
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "libc": " ".join(platform.libc_ver()),
+    }
+    for name in _VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def torch_cuda() -> dict[str, Any] | None:
+    """What torch sees of CUDA, None where torch is missing. Importing torch takes seconds: ask only
+    where there is a driver."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return {
+        "built_for": torch.version.cuda,
+        "available": torch.cuda.is_available(),
+        "devices": torch.cuda.device_count(),
+    }
+
+
+def examine(
+    *,
+    isa: str | None = None,
+    num_threads: int | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Everything, as plain JSON values; the keys are part of the command line's interface.
+
+    Raises:
+        ConfigError: ``isa`` names an instruction set this host cannot run.
+    """
+    choice = isa_choice(isa)
+    devices, driver = gpus()
+    return {
+        "cores": asdict(cores()),
+        "isa": asdict(choice),
+        "numa_nodes": [asdict(node) for node in numa_nodes()],
+        "huge_pages": asdict(huge_pages()),
+        "memory": asdict(memory()),
+        "bandwidth": asdict(bandwidth(num_threads, announce=announce)),
+        "gpus": [asdict(gpu) for gpu in devices],
+        "gpu_driver": driver,
+        "torch_cuda": torch_cuda() if devices else None,
+        "versions": versions(),
+        "platform": sys.platform,
+    }
+
+
+def _read(path: Path) -> str:
+    """The text of a file, empty where the system does not have it."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3,8``, the kernel's notation for CPU lists."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
