@@ -20,20 +20,23 @@ else:
     import plots
 
 VOWEL_SOUND = re.compile(r"^(?:[aeio]|u(?!s|ni|k)|hour|honest|honou?r|heir)", re.IGNORECASE)
-IRREGULAR_PLURALS = {
-    "calf": "calves", "deer": "deer", "elk": "elk", "fish": "fish", "goose": "geese", "hoof": "hooves",
-    "knife": "knives", "loaf": "loaves", "lynx": "lynxes", "moose": "moose", "mouse": "mice", "dormouse": "dormice",
-    "ox": "oxen", "salmon": "salmon", "scarf": "scarves", "sheep": "sheep", "shears": "shears",
-    "scissors": "scissors", "tooth": "teeth", "foot": "feet", "trout": "trout", "wolf": "wolves", "bellows": "bellows",
-    "bison": "bison", "watchman": "watchmen", "potato": "potatoes", "tomato": "tomatoes", "octopus": "octopuses",
-    "swine": "swine", "wharf": "wharves", "dairy": "dairies",
-}  # fmt: skip
+IRREGULAR_PLURALS = dict(
+    pair.split(":")
+    for pair in (
+        "bellows:bellows bison:bison deer:deer dormouse:dormice elk:elk foot:feet goose:geese knife:knives loaf:loaves"
+        " lynx:lynxes moose:moose mouse:mice octopus:octopuses ox:oxen potato:potatoes salmon:salmon scarf:scarves"
+        " scissors:scissors shears:shears sheep:sheep tomato:tomatoes tooth:teeth trout:trout wharf:wharves"
+        " wolf:wolves"
+    ).split()
+)
 # Foods one does not count.
 UNCOUNTED = frozenset(
-    "barley bread broth butter cabbage caramel celery cheese chowder cider cinnamon cocoa cream custard fennel fudge"
-    " garlic ginger gingerbread gravy honey jam jelly juice kale lemonade lettuce marmalade milk mint mustard nutmeg"
-    " oatmeal parsley pasta porridge rice soup spinach stew syrup toast toffee vinegar wheat yogurt salad rhubarb"
-    " peppermint pastry pudding".split()
+    (
+        "barley bread broth butter cabbage caramel celery cheese chowder cider cinnamon cocoa cream custard fennel"
+        " fudge garlic ginger gingerbread gravy honey jam jelly juice kale lemonade lettuce marmalade milk mint"
+        " mustard nutmeg oatmeal parsley pasta pastry peppermint porridge pudding rhubarb rice salad soup spinach"
+        " stew syrup toast toffee vinegar wheat yogurt"
+    ).split()
 )
 FEMALE = {"He": "She", "he": "she", "him": "her", "his": "her", "His": "Her", "himself": "herself"}
 MALE = {word: word for word in FEMALE}
@@ -66,9 +69,9 @@ def present_participle(base: str) -> str:
         return base[:-2] + "ying"
     if base.endswith("e") and not base.endswith("ee"):
         return base[:-1] + "ing"
-    if re.search(r"(?:^|[^aeiou])[aeiou][bdgklmnprt]$", base) and base not in ("open", "order", "cover", "gather"):
-        if not re.search(r"(er|en|ow|isit|iver|emember|ower)$", base):
-            return base + base[-1] + "ing"
+    doubles = re.search(r"(?:^|[^aeiou])[aeiou][bdgklmnprt]$", base)
+    if doubles and not re.search(r"(er|en|ow|isit|iver|emember)$", base):
+        return base + base[-1] + "ing"
     return base + "ing"
 
 
@@ -104,7 +107,10 @@ class Story:
         self.slots.update(names)
         kinds = rng.sample(lexicon["animals"] + lexicon["roles"], 2)
         self.slots["kind"], self.slots["friendkind"] = kinds
-        self.slots["place"], self.slots["object"] = rng.choice(lexicon["places"]), rng.choice(lexicon["objects"])
+        self.slots["place"], self.slots["object"] = (
+            rng.choice(lexicon["places"]),
+            rng.choice(lexicon["objects"]),
+        )
         towns = [rng.choice(lexicon["townheads"]) + rng.choice(lexicon["towntails"]) for _ in range(2)]
         self.slots["town"], self.slots["town2"] = towns
 
