@@ -1,9 +1,9 @@
-"""Opening GGUF files: one file or all shards of a split one.
+"""Open GGUF files: metadata, tensor index, and the bytes of tensors.
 
-Metadata and tensor index are read and checked at once; tensor data is read by `GGUFFile.read_into`
-(pread, no mapping) or looked at through `GGUFFile.data` (a lazy read-only mapping). A mapping of a
-file that is cut short while it is in use kills the process with SIGBUS, which is why weights are
-loaded by `read_into`.
+Metadata and tensor index are read and checked when a file is opened. Tensor data is read by
+`GGUFFile.read_into` (pread, no mapping) or looked at through `GGUFFile.data` (a lazy read-only
+mapping). Where a mapped file is cut short, touching the lost part kills the process with SIGBUS; no
+check can prevent that, which is why weights are loaded by `read_into`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,32 @@ import contextlib
 import math
 import mmap
 import os
-import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast, overload
 
 import numpy as np
 
 from hybrid.errors import GGUFError
-from hybrid.gguf.header import Header, parse_header
+from hybrid.gguf.fields import U8
+from hybrid.gguf.shards import Shard, open_shards
 from hybrid.gguf.types import GGMLType
-from hybrid.log import get_logger
-
-logger = get_logger(__name__)
 
 MISSING: Final = object()
-_SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
-_MAX_SHARDS = 9999
+"""The default of `GGUFFile.get` for a key that must be there."""
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+# `general.type` of files that are no language model, and what to do with them.
+_NO_MODEL: Final = {
+    "adapter": "a LoRA adapter; give the model it adapts",
+    "mmproj": "a multimodal projector; give the language model beside it",
+    "imatrix": "an importance matrix, which serves to quantise a model",
+    "vocab": "a vocabulary without weights",
+}
 
 
 @dataclass(frozen=True)
@@ -71,22 +77,22 @@ class GGUFFile:
         tensors: name -> `TensorInfo`, in file order over all shards.
     """
 
-    def __init__(self, paths: list[Path], fds: list[int], headers: list[Header]) -> None:
-        self.paths = paths
-        self.version = headers[0].version
-        self.metadata: Mapping[str, Any] = MappingProxyType(headers[0].metadata)
-        self._fds = fds
+    def __init__(self, shards: list[Shard]) -> None:
+        self._shards = shards
         self._maps: dict[int, mmap.mmap] = {}
+        self._closed = False
+        self.paths: list[Path] = [shard.path for shard in shards]
+        self.version: int = shards[0].header.version
+        self.metadata: Mapping[str, Any] = MappingProxyType(shards[0].header.metadata)
         self.tensors: dict[str, TensorInfo] = {}
-        for shard, header in enumerate(headers):
-            for raw in header.tensors:
+        for index, shard in enumerate(shards):
+            for raw in shard.header.tensors:
                 if raw.name in self.tensors:
-                    other = paths[self.tensors[raw.name].shard]
-                    raise GGUFError(
-                        "tensor is in two shards", file=paths[shard], tensor=raw.name, found=str(other)
-                    )
-                offset = header.data_start + raw.offset
-                self.tensors[raw.name] = TensorInfo(raw.name, raw.shape, raw.type, raw.n_bytes, shard, offset)
+                    expected, found = "one", f"another in {self.paths[self.tensors[raw.name].shard].name}"
+                    raise GGUFError("a tensor is in two shards", file=shard.path, tensor=raw.name,
+                                    expected=expected, found=found)  # fmt: skip
+                offset = shard.header.data_start + raw.offset
+                self.tensors[raw.name] = TensorInfo(raw.name, raw.shape, raw.type, raw.n_bytes, index, offset)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, header_only: bool = False) -> GGUFFile:
@@ -99,23 +105,12 @@ class GGUFFile:
         Raises:
             GGUFError: the file cannot be opened, is malformed, or its shards do not fit together.
         """
-        first = Path(path)
-        fds: list[int] = []
+        shards = open_shards(Path(path), header_only=header_only)
         try:
-            paths = [first]
-            headers = [_open_one(first, fds, header_only)]
-            count = headers[0].metadata.get("split.count", 1)
-            if isinstance(count, int) and count != 1:
-                paths = _shard_paths(first, headers[0], count)
-                for fd in fds:
-                    os.close(fd)
-                fds.clear()
-                headers = [_open_one(p, fds, header_only) for p in paths]
-                _check_shards(paths, headers)
-            return cls(paths, fds, headers)
+            return cls(shards)
         except BaseException:
-            for fd in fds:
-                os.close(fd)
+            for shard in shards:
+                os.close(shard.fd)
             raise
 
     @property
@@ -125,13 +120,29 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`."""
-        value: str = self.get("general.architecture", str)
-        return value
+        """`general.architecture`. Raises `GGUFError` where it is missing or no string."""
+        return self.get("general.architecture", str)
 
-    def get(self, key: str, kind: type, *, default: Any = MISSING) -> Any:
-        """A metadata value of a known type: ``str``, ``int``, ``float``, ``bool``, ``list`` (of ``str``) or
-        ``np.ndarray``. ``float`` accepts an integer too.
+    def require_model(self) -> None:
+        """Raises `GGUFError` if this is no language model but an adapter, projector, imatrix or vocabulary."""
+        kind = _NO_MODEL.get(self.get("general.type", str, default="model"))
+        if kind is None and self.metadata.get("general.architecture") == "clip":
+            kind = _NO_MODEL["mmproj"]
+        if kind is None and not self.tensors:
+            kind = _NO_MODEL["vocab"]
+        if kind is not None:
+            raise GGUFError("this file is no model", file=self.path, expected="a language model", found=kind)
+
+    @overload
+    def get(self, key: str, kind: type[T]) -> T: ...
+    @overload
+    def get(self, key: str, kind: type[T], *, default: D) -> T | D: ...
+    def get(self, key: str, kind: type[Any], *, default: Any = MISSING) -> Any:
+        """A metadata value of a known type.
+
+        Args:
+            kind: ``str``, ``int``, ``float``, ``bool``, ``list`` (of ``str``) or ``np.ndarray`` (of numbers).
+                An integer is accepted as ``float`` too.
 
         Raises:
             GGUFError: the key is missing and has no default, or its value has another type.
@@ -139,69 +150,73 @@ class GGUFFile:
         value = self.metadata.get(key, MISSING)
         if value is MISSING:
             if default is MISSING:
-                raise GGUFError(
-                    "required metadata is missing", file=self.path, key=key, expected=kind.__name__
-                )
+                raise GGUFError("required metadata is missing", file=self.path, key=key,
+                                expected=_describe_kind(kind), found="nothing")  # fmt: skip
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if kind is float and is_integer:
             return float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise GGUFError(
-                "wrong type of metadata",
-                file=self.path,
-                key=key,
-                expected=kind.__name__,
-                found=_kind_of(value),
-            )
+        if not isinstance(value, kind) or (kind is int and not is_integer):
+            raise GGUFError("metadata has the wrong type", file=self.path, key=key,
+                            expected=_describe_kind(kind), found=_describe(value))  # fmt: skip
         return value
 
-    def data(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, ``uint8`` [n_bytes], read-only, mapped from the file."""
-        info = self.tensors[name]
+    def data(self, name: str) -> U8:
+        """The bytes of a tensor, ``uint8`` [n_bytes], read-only, mapped from the file.
+
+        Raises:
+            GGUFError: no such tensor, or the file has changed since it was opened.
+        """
+        info, shard = self._locate(name)
+        shard.check_unchanged()
         if info.shard not in self._maps:
-            self._maps[info.shard] = mmap.mmap(self._fds[info.shard], 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(self._maps[info.shard], dtype=np.uint8, count=info.n_bytes, offset=info.offset)
+            self._maps[info.shard] = mmap.mmap(shard.fd, 0, access=mmap.ACCESS_READ)
+        mapping = self._maps[info.shard]
+        return np.frombuffer(mapping, dtype=np.uint8, count=info.n_bytes, offset=info.offset)
 
     def read_into(self, name: str, buffer: Any, offset: int = 0, length: int | None = None) -> None:
         """Reads bytes ``offset : offset + length`` of a tensor to the start of a writable buffer.
 
+        Args:
+            length: bytes to read; the rest of the tensor if not given.
+
         Raises:
-            GGUFError: the range is outside the tensor, or the file has become shorter.
-            OSError: the disk failed.
+            GGUFError: no such tensor, the range is outside it or larger than the buffer, the file has
+                changed or become shorter since it was opened, or the disk failed.
         """
-        info = self.tensors[name]
-        if length is None:
-            length = info.n_bytes - offset
+        info, shard = self._locate(name)
+        length = info.n_bytes - offset if length is None else length
         view = memoryview(buffer).cast("B")
-        if offset < 0 or length < 0 or offset + length > info.n_bytes or length > view.nbytes:
-            found = f"bytes {offset} to {offset + length}, a buffer of {view.nbytes}"
+        if not (offset >= 0 and length >= 0 and offset + length <= info.n_bytes and length <= view.nbytes):
+            found = f"bytes {offset} to {offset + length} for a buffer of {view.nbytes}"
+            expected = f"a range within {info.n_bytes} bytes that the buffer holds"
             raise GGUFError(
-                "read outside a tensor", file=self.path, tensor=name, expected=info.n_bytes, found=found
+                "read outside a tensor", file=shard.path, tensor=name, expected=expected, found=found
             )
-        done = 0
+        shard.check_unchanged()
+        start, done = info.offset + offset, 0
         while done < length:
-            count = os.preadv(self._fds[info.shard], [view[done:length]], info.offset + offset + done)
+            problem = "the file has become shorter since it was opened"
+            try:
+                count = os.preadv(shard.fd, [view[done:length]], start + done)
+            except OSError as error:
+                problem, count = f"cannot read the file: {error.strerror}", 0
             if count == 0:
-                raise GGUFError(
-                    "the file has become shorter since it was opened",
-                    file=self.paths[info.shard],
-                    tensor=name,
-                    offset=info.offset + offset + done,
-                    expected=f"{length - done} more bytes",
-                    found="the end of the file",
-                )
+                expected = f"{length - done} more bytes"
+                raise GGUFError(problem, file=shard.path, tensor=name, offset=start + done, expected=expected,
+                                found="none")  # fmt: skip
             done += count
 
     def close(self) -> None:
-        """Closes all shards. Arrays from `data` must not be used afterwards."""
+        """Closes all shards; twice does no harm. Arrays from `data` keep their mapping alive."""
         for mapping in self._maps.values():
-            # An array may still point into the mapping, which then goes with that array.
-            with contextlib.suppress(BufferError):
+            with contextlib.suppress(BufferError):  # an array still points into it
                 mapping.close()
         self._maps.clear()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
+        if not self._closed:
+            for shard in self._shards:
+                os.close(shard.fd)
+        self._closed = True
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -209,80 +224,24 @@ class GGUFFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-def _open_one(path: Path, fds: list[int], header_only: bool) -> Header:
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise GGUFError(f"cannot open the file: {error.strerror}", file=path) from None
-    fds.append(fd)
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise GGUFError("cannot read this as a model", file=path, expected="a GGUF file", found=kind)
-    header = parse_header(fd, path, status.st_size, header_only=header_only)
-    if header.tensors and not header_only:
-        last = header.tensors[-1]
-        end = header.data_start + last.offset + last.n_bytes
-        if status.st_size > -(-end // header.alignment) * header.alignment:
-            logger.warning("%s: %d bytes after the last tensor are ignored", path, status.st_size - end)
-    return header
+    def _locate(self, name: str) -> tuple[TensorInfo, Shard]:
+        if self._closed:
+            raise GGUFError("the file is closed", file=self.path, tensor=name)
+        if name not in self.tensors:
+            expected = f"one of {len(self.tensors)} tensors"
+            raise GGUFError("no such tensor", file=self.path, tensor=name, expected=expected, found="nothing")
+        info = self.tensors[name]
+        return info, self._shards[info.shard]
 
 
-def _shard_paths(path: Path, header: Header, count: int) -> list[Path]:
-    match = _SHARD_NAME.match(path.name)
-    if match is None or not 1 <= count <= _MAX_SHARDS:
-        raise GGUFError(
-            "this is one shard of a split model, but its name does not say which",
-            file=path,
-            key="split.count",
-            expected="a name like model-00001-of-00003.gguf",
-            found=f"{path.name}, split.count {count}",
-        )
-    if int(match["count"]) != count:
-        found = f"{count}"
-        raise GGUFError(
-            "split count and file name differ",
-            file=path,
-            key="split.count",
-            expected=match["count"],
-            found=found,
-        )
-    paths = [
-        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
-    ]
-    missing = [p.name for p in paths if not p.exists()]
-    if missing:
-        shown = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
-        raise GGUFError("shards are missing", file=path, expected=f"{count} files", found=f"no {shown}")
-    return paths
+def _describe_kind(kind: type[Any]) -> str:
+    names: dict[Any, str] = {list: "an array of strings", np.ndarray: "an array of numbers"}
+    return names.get(kind) or cast(str, kind.__name__)
 
 
-def _check_shards(paths: list[Path], headers: list[Header]) -> None:
-    for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
-        for key, expected in (("split.no", index), ("split.count", len(paths))):
-            found = header.metadata.get(key)
-            if found != expected:
-                raise GGUFError(
-                    "shard does not belong here", file=path, key=key, expected=expected, found=found
-                )
-        for key in ("general.architecture", "general.name"):
-            found = header.metadata.get(key)
-            if found is not None and found != headers[0].metadata.get(key):
-                wanted = headers[0].metadata.get(key)
-                raise GGUFError(
-                    "shards of different models", file=path, key=key, expected=wanted, found=found
-                )
-    total = sum(len(header.tensors) for header in headers)
-    wanted = headers[0].metadata.get("split.tensors.count", total)
-    if wanted != total:
-        raise GGUFError(
-            "shards lack tensors", file=paths[0], key="split.tensors.count", expected=wanted, found=total
-        )
-
-
-def _kind_of(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        return f"array of {value.dtype}"
-    return type(value).__name__
+        return f"an array of {value.size} {value.dtype}"
+    if isinstance(value, list):
+        return f"an array of {len(value)} strings"
+    return f"{type(value).__name__} {value!r}"[:100]

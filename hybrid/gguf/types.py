@@ -50,6 +50,7 @@ class GGMLType(IntEnum):
     MXFP4 = 39
     NVFP4 = 40
     Q1_0 = 41
+    Q2_0 = 42
     Q6_0 = 133
     IQ1_BN = 134
     IQ2_BN = 135
@@ -96,20 +97,44 @@ class GGMLType(IntEnum):
     IQ4_KS_R4 = 344
     IQ5_KS_R4 = 352
     MXFP4_R8 = 353
+    Q8_K_R16 = 397
     Q8_KV_R8 = 398
     Q8_K_R8 = 399
+
+
+UNUSABLE_IDS: dict[int, str] = {
+    4: "Q4_2, removed from ggml",
+    5: "Q4_3, removed from ggml",
+    31: "Q4_0_4_4, removed from ggml",
+    32: "Q4_0_4_8, removed from ggml",
+    33: "Q4_0_8_8, removed from ggml",
+    37: "IQ4_NL_4_8, removed from ggml",
+    38: "IQ4_NL_8_8, removed from ggml",
+    97: "Q8_0_X4, which is for activations",
+    98: "Q8_1_X4, which is for activations",
+    99: "Q8_2_X4, which is for activations",
+    136: "Q8_K64, which is for activations",
+    142: "IQ2_TN, removed from ik_llama.cpp",
+    143: "IQ1_TN, removed from ik_llama.cpp",
+    147: "Q8_K16, which is for activations",
+    148: "Q8_K32, which is for activations",
+    149: "Q8_KR8, which is for activations",
+    150: "Q8_K128, which is for activations",
+}
+"""Ids that once were or elsewhere are types, and that no model file can use."""
 
 
 @dataclass(frozen=True)
 class TypeTraits:
     """Storage of a type: ``block_size`` weights take ``block_bytes``; a row starts with
-    ``row_meta_bytes``; rows come in groups of ``rows_per_group``."""
+    ``row_meta_bytes``; rows come in groups of ``rows_per_group``; ``tail_bytes`` end the tensor."""
 
     name: str
     block_size: int
     block_bytes: int
     row_meta_bytes: int = 0
     rows_per_group: int = 1
+    tail_bytes: int = 0
 
 
 _SIZES: dict[str, tuple[int, int] | tuple[int, int, int]] = {
@@ -121,7 +146,7 @@ _SIZES: dict[str, tuple[int, int] | tuple[int, int, int]] = {
     "Q8_K": (256, 292),
     "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110),
     "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
-    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36), "Q1_0": (128, 18),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36), "Q1_0": (128, 18), "Q2_0": (64, 18),
     "I2_S": (4, 1),
     "Q6_0": (32, 26), "IQ1_BN": (64, 13, 2), "IQ2_BN": (64, 16, 4),
     "IQ2_K": (256, 76), "IQ3_K": (256, 110), "IQ4_K": (256, 144), "IQ5_K": (256, 176), "IQ6_K": (256, 212),
@@ -129,15 +154,20 @@ _SIZES: dict[str, tuple[int, int] | tuple[int, int, int]] = {
     "IQ5_KS": (256, 168, 4), "IQ2_KT": (256, 68, 4), "IQ3_KT": (256, 100, 4), "IQ4_KT": (256, 128, 4),
     "IQ3_KS": (256, 102, 2), "IQ2_KL": (256, 86, 2), "IQ1_KT": (256, 56, 4),
     # Interleaved types whose bytes a row differ from their base type's.
-    "IQ1_S_R4": (32, 6, 2), "IQ1_M_R4": (32, 7, 2), "Q8_K_R8": (256, 258),
+    "IQ1_S_R4": (32, 6, 2), "IQ1_M_R4": (32, 7, 2), "Q8_K_R8": (256, 258), "Q8_K_R16": (256, 258),
+    "Q8_KV_R8": (32, 32, 4),
 }  # fmt: skip
 
 
+_TAILS = {"I2_S": 32}  # one scale for the whole tensor
+
+
 def _traits(type_: GGMLType) -> TypeTraits:
-    base, separator, group = type_.name.rpartition("_R")
-    rows = int(group) if separator and group.isdigit() else 1
-    sizes = _SIZES.get(type_.name) or _SIZES[base]
-    return TypeTraits(type_.name, *sizes, **({"rows_per_group": rows} if rows > 1 else {}))
+    name = type_.name
+    base, _, group = name.rpartition("_R")
+    rows = int(group) if base and group.isdigit() else 1
+    block_size, block_bytes, *meta = _SIZES.get(name) or _SIZES[base]
+    return TypeTraits(name, block_size, block_bytes, meta[0] if meta else 0, rows, _TAILS.get(name, 0))
 
 
 TRAITS: dict[GGMLType, TypeTraits] = {type_: _traits(type_) for type_ in GGMLType}
@@ -160,10 +190,14 @@ def tensor_bytes(type_: GGMLType, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; ``shape`` is (..., rows, cols).
 
     Raises:
-        ValueError: the row length does not fit the block size, or the rows do not fill whole groups.
+        ValueError: the row length does not fit the block size, the rows do not fill whole groups, or the
+            size takes more than 63 bits.
     """
     traits = TRAITS[type_]
     rows = math.prod(shape[:-1])
     if rows % traits.rows_per_group or (len(shape) > 1 and shape[-2] % traits.rows_per_group):
         raise ValueError(f"{rows} rows do not fill {traits.name}'s groups of {traits.rows_per_group}")
-    return rows * row_bytes(type_, shape[-1])
+    size = rows * row_bytes(type_, shape[-1]) + traits.tail_bytes
+    if size >= 1 << 63:
+        raise ValueError(f"{size} bytes are more than 2^63 - 1")
+    return size
