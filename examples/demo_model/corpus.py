@@ -20,26 +20,6 @@ else:
     import plots
 
 VOWEL_SOUND = re.compile(r"^(?:[aeio]|u(?!s|ni|k)|hour|honest|honou?r|heir)", re.IGNORECASE)
-IRREGULAR_PLURALS = dict(
-    pair.split(":")
-    for pair in (
-        "bellows:bellows bison:bison deer:deer dormouse:dormice elk:elk foot:feet goose:geese knife:knives loaf:loaves"
-        " lynx:lynxes moose:moose mouse:mice octopus:octopuses ox:oxen potato:potatoes salmon:salmon scarf:scarves"
-        " scissors:scissors shears:shears sheep:sheep tomato:tomatoes tooth:teeth trout:trout wharf:wharves"
-        " wolf:wolves"
-    ).split()
-)
-# Foods one does not count.
-UNCOUNTED = frozenset(
-    (
-        "barley bread broth butter cabbage caramel celery cheese chowder cider cinnamon cocoa cream custard fennel"
-        " fudge garlic ginger gingerbread gravy honey jam jelly juice kale lemonade lettuce marmalade milk mint"
-        " mustard nutmeg oatmeal parsley pasta pastry peppermint porridge pudding rhubarb rice salad soup spinach"
-        " stew syrup toast toffee vinegar wheat yogurt"
-    ).split()
-)
-FEMALE = {"He": "She", "he": "she", "him": "her", "his": "her", "His": "Her", "himself": "herself"}
-MALE = {word: word for word in FEMALE}
 
 
 def read_lexicon(path: Path) -> dict[str, list[str]]:
@@ -51,6 +31,13 @@ def read_lexicon(path: Path) -> dict[str, list[str]]:
         else:
             words.extend(line.split())
     return sections
+
+
+LEXICON = read_lexicon(Path(__file__).with_name("lexicon.txt"))
+IRREGULAR_PLURALS = dict(pair.split(":") for pair in LEXICON["irregular"])
+UNCOUNTED = frozenset(LEXICON["uncounted"])  # foods that have no plural
+FEMALE = {"He": "She", "he": "she", "him": "her", "his": "her", "His": "Her", "himself": "herself"}
+MALE = {word: word for word in FEMALE}
 
 
 def plural(word: str) -> str:
@@ -88,12 +75,11 @@ def choose_alternatives(template: str, rng: random.Random) -> str:
 class Story:
     """What stays the same throughout one story."""
 
-    lexicon: dict[str, list[str]]
     rng: random.Random
     slots: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rng, lexicon = self.rng, self.lexicon
+        rng, lexicon = self.rng, LEXICON
         names: dict[str, str] = {}
         for person in ("hero", "friend", "other"):
             female = rng.random() < 0.5
@@ -125,7 +111,7 @@ class Story:
 
     def _draw(self, match: re.Match[str]) -> str:
         section, form = match[1], match[2]
-        words = self.lexicon[section]
+        words = LEXICON[section]
         if form == "s":
             words = [word for word in words if word not in UNCOUNTED]
         word = self.rng.choice(words)
@@ -172,9 +158,8 @@ class Document:
 def documents(seed: int, chat_share: float = 0.3) -> Iterator[Document]:
     """Endless stories of a seed."""
     rng = random.Random(seed)
-    lexicon = read_lexicon(Path(__file__).with_name("lexicon.txt"))
     while True:
-        story = Story(lexicon, rng)
+        story = Story(rng)
         if rng.random() < chat_share:
             request = story.fill(rng.choice(plots.REQUESTS))
             reply = story.fill(rng.choice(plots.REPLIES))
