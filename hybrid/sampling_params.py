@@ -131,7 +131,7 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stop, Sequence) or len(stop) > MAX_STOP_STRINGS:
+        if isinstance(stop, bytes) or not isinstance(stop, Sequence) or len(stop) > MAX_STOP_STRINGS:
             _refuse("stop", f"a string, or a sequence of up to {MAX_STOP_STRINGS}", self.stop)
         for text in stop:
             if not isinstance(text, str) or not text:
