@@ -139,11 +139,9 @@ def _read_tensors(cursor: Cursor, count: int) -> list[RawTensor]:
         if problem is None and name in tensors:
             problem = "duplicate tensor name", "one entry", "two"
         if problem is not None:
-            hint = (
-                None if name else "The tensor count may be too large, so that padding was read as a tensor."
-            )
-            cursor.fail(problem[0], tensor=name[:80], offset=start, expected=problem[1], found=problem[2],
-                        hint=hint)  # fmt: skip
+            hint = None if name else "The tensor count may be too large: padding was read as a tensor."
+            where = {"tensor": name[:80]} if name else {}
+            cursor.fail(problem[0], offset=start, expected=problem[1], found=problem[2], hint=hint, **where)
         tensors[name] = _read_tensor(cursor, name)
     return list(tensors.values())
 

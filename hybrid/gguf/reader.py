@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, TypeVar, cast, overload
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 
@@ -124,7 +124,7 @@ class GGUFFile:
         return self.get("general.architecture", str)
 
     def require_model(self) -> None:
-        """Raises `GGUFError` if this is no language model but an adapter, projector, imatrix or vocabulary."""
+        """Raises `GGUFError` if this is an adapter, projector, importance matrix or bare vocabulary."""
         kind = _NO_MODEL.get(self.get("general.type", str, default="model"))
         if kind is None and self.metadata.get("general.architecture") == "clip":
             kind = _NO_MODEL["mmproj"]
@@ -236,7 +236,7 @@ class GGUFFile:
 
 def _describe_kind(kind: type[Any]) -> str:
     names: dict[Any, str] = {list: "an array of strings", np.ndarray: "an array of numbers"}
-    return names.get(kind) or cast(str, kind.__name__)
+    return names.get(kind, kind.__name__)
 
 
 def _describe(value: Any) -> str:

@@ -67,7 +67,8 @@ def open_shards(path: Path, *, header_only: bool) -> list[Shard]:
             paths = _shard_paths(path, count)
             os.close(shards.pop().fd)
             for shard_path in paths:
-                shards.append(_open_one(shard_path, header_only))
+                # One by one: if a later one fails, those before it are closed below.
+                shards.append(_open_one(shard_path, header_only))  # noqa: PERF401
             _check_belong_together(shards)
     except BaseException:
         for shard in shards:
