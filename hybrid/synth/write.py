@@ -26,8 +26,8 @@ from hybrid.synth.routing import RoutingEntropy
 from hybrid.synth.tensors import Formats, SynthTensor, list_tensors
 from hybrid.synth.vocabulary import vocabulary_metadata
 
-_POOL_BYTES = 32 << 20
-_RUN_BYTES = 4 << 20
+_POOL_BYTES = 4 << 20, 32 << 20  # least and most; a file's size is enough in between
+_RUNS_PER_POOL = 8  # runs are that much shorter than the pool, so that few begin alike
 _HEADER_ROOM = 64 << 20  # a header with a vocabulary of 160,000 tokens takes about 10 MB
 
 Bytes = npt.NDArray[np.uint8]
@@ -71,7 +71,7 @@ def synthesise(
     total = sum(tensor.n_bytes for tensor in tensors)
     _check_disk(target, _HEADER_ROOM + (0 if header_only else total))
     _check_formats(tensors)
-    filler = _Filler(np.random.default_rng(seed))
+    filler = _Filler(np.random.default_rng(seed), min(max(total, _POOL_BYTES[0]), _POOL_BYTES[1]))
     entropy = RoutingEntropy(shape, np.random.default_rng([seed, 1]))
     with GGUFWriter(target, header_only=header_only) as writer:
         for key, value in _all_metadata(shape, formats, kv_b).items():
@@ -167,6 +167,7 @@ class _Filler:
     """Random values for tensors. ``pools`` holds blocks for each (format, spread)."""
 
     rng: np.random.Generator
+    pool_bytes: int
     pools: dict[tuple[GGMLType, float], Bytes] = field(default_factory=dict)
 
     def floats(self, tensor: SynthTensor) -> npt.NDArray[np.float32]:
@@ -182,7 +183,7 @@ class _Filler:
         num_blocks = len(pool) // block_bytes
         left = tensor.n_bytes // block_bytes
         while left:
-            count = min(left, num_blocks, _RUN_BYTES // block_bytes)
+            count = min(left, num_blocks // _RUNS_PER_POOL)
             start = int(self.rng.integers(num_blocks - count + 1)) * block_bytes
             yield pool[start : start + count * block_bytes]
             left -= count
@@ -191,7 +192,7 @@ class _Filler:
         key = tensor.type, tensor.std
         if key not in self.pools:
             traits = TRAITS[tensor.type]
-            num_blocks = min(_POOL_BYTES, tensor.n_bytes) // traits.block_bytes
+            num_blocks = self.pool_bytes // traits.block_bytes
             blocks = random_blocks(tensor.type, num_blocks, traits.block_size, self.rng, tensor.std)
             self.pools[key] = blocks.reshape(-1)
         return self.pools[key]

@@ -1,0 +1,186 @@
+"""Tokens per second of prompt processing and generation, beside the limit of the machine.
+
+Tests mean what llama-bench's do: ``pp512`` processes 512 prompt tokens from an empty cache and
+computes the logits of the last; ``tg128`` runs 128 single-token steps, each with logits; ``@ d4096`` starts
+with 4096 tokens in the cache, whose processing is not timed. Tokens are random, nothing is sampled.
+
+Decoding's limit is the memory bandwidth measured in the same run: a step reads the active weights
+and the cache once, so ``limit_fraction`` = (active + cache bytes) × tokens/s ÷ bandwidth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybrid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybrid.forward import SingleSequence
+    from hybrid.gguf import GGUFFile
+
+DECODE_LIMIT = "ram_read_bandwidth"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``n_prompt`` tokens processed or ``n_gen`` generated, one of the two 0, after ``n_depth`` others."""
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+
+    @property
+    def label(self) -> str:
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are timed."""
+        return self.n_prompt + self.n_gen
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens in the cache that a timed token attends to, itself included, on average."""
+        return self.n_depth + (self.num_tokens + 1) / 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rows of a run share. Bytes and counts are the model file's."""
+
+    model_filename: str
+    model_type: str
+    model_size: int
+    model_n_params: int
+    backends: str
+    isa: str
+    n_threads: int
+    numa: str
+    type_k: str
+    n_ubatch: int
+    placement_hash: str
+    experts_per_token: int | None
+    active_bytes: int
+    kv_bytes_per_token: int | None
+    read_bandwidth: float | None
+
+
+def list_tests(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int]) -> list[Workload]:
+    """All tests asked for; 0 tokens ask for none.
+
+    Raises:
+        ConfigError: nothing is left to do.
+    """
+    tests = []
+    for depth in n_depth:
+        tests += [Workload(count, 0, depth) for count in n_prompt if count]
+        tests += [Workload(0, count, depth) for count in n_gen if count]
+    if not tests:
+        raise ConfigError("no test to run: give -p or -n a positive number of tokens")
+    return tests
+
+
+def context_needed(tests: Sequence[Workload]) -> int:
+    """Tokens the longest test puts in the cache."""
+    return max(test.n_depth + test.num_tokens for test in tests)
+
+
+def run_tests(
+    sequence: SingleSequence,
+    tests: Sequence[Workload],
+    setup: Setup,
+    *,
+    repetitions: int = 5,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """Runs each test once to warm up and ``repetitions`` times for the figures; yields its row."""
+    rng = np.random.default_rng(0)
+    for number, test in enumerate(tests, 1):
+        title = f"test {number} of {len(tests)}, {test.label}"
+        announce(f"{title}: warming up")
+        _fill(sequence, test.n_depth, rng)
+        _time_once(sequence, Workload(test.n_prompt, min(test.n_gen, 1), test.n_depth), rng)
+        seconds = []
+        for repetition in range(repetitions):
+            announce(f"{title}: run {repetition + 1} of {repetitions}")
+            seconds.append(_time_once(sequence, test, rng))
+        yield make_row(test, setup, [test.num_tokens / s for s in seconds])
+
+
+def _fill(sequence: SingleSequence, length: int, rng: np.random.Generator) -> None:
+    sequence.rewind()
+    for _ in sequence.extend(_random_ids(sequence, length, rng)):
+        pass
+
+
+def _time_once(sequence: SingleSequence, test: Workload, rng: np.random.Generator) -> float:
+    sequence.rewind(test.n_depth)
+    ids = _random_ids(sequence, test.num_tokens, rng)
+    start = time.perf_counter()
+    if test.n_prompt:
+        sequence.next_logits(ids)
+    else:
+        for index in range(test.n_gen):
+            sequence.next_logits(ids[index : index + 1])
+    return time.perf_counter() - start
+
+
+def _random_ids(sequence: SingleSequence, count: int, rng: np.random.Generator) -> Any:
+    return rng.integers(0, sequence.vocab_size, count, dtype=np.int32)
+
+
+def make_row(test: Workload, setup: Setup, samples_ts: list[float]) -> dict[str, Any]:
+    """A row of results as plain JSON values.
+
+    ``stddev_ts`` is the sample deviation, 0 for one sample. Null where nothing is known yet: the limit of
+    prompt processing, ``predicted_ts``, and ``expert_threshold`` (a token's experts are always all run).
+    """
+    average = float(np.mean(samples_ts))
+    limit = setup.read_bandwidth if test.n_gen else None
+    token_bytes = setup.active_bytes + (setup.kv_bytes_per_token or 0) * test.mean_context
+    return {
+        **{key: value for key, value in asdict(setup).items() if key != "read_bandwidth"},
+        "test": test.label,
+        "n_prompt": test.n_prompt,
+        "n_gen": test.n_gen,
+        "n_depth": test.n_depth,
+        "avg_ts": average,
+        "stddev_ts": float(np.std(samples_ts, ddof=1)) if len(samples_ts) > 1 else 0.0,
+        "samples_ts": samples_ts,
+        "expert_threshold": None,
+        "limit_kind": None if limit is None else DECODE_LIMIT,
+        "limit_value": limit,
+        "limit_fraction": None if limit is None else token_bytes * average / limit,
+        "predicted_ts": None,
+    }
+
+
+def placement_hash(devices: Mapping[str, str]) -> str:
+    """Twelve hex digits that two runs share when each tensor is on the same device."""
+    text = "\n".join(f"{name} {device}" for name, device in sorted(devices.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def model_type(file: GGUFFile, num_parameters: int) -> str:
+    """``deepseek2 15.7B Q4_K_M``: architecture, parameters, the file's label or its most common format."""
+    import gguf
+
+    sizes: dict[str, int] = {}
+    for info in file.tensors.values():
+        sizes[info.type.name] = sizes.get(info.type.name, 0) + info.n_bytes
+    label = max(sizes, key=lambda name: sizes[name], default="?")
+    stated = file.metadata.get("general.file_type")
+    if stated in list(gguf.LlamaFileType):
+        label = gguf.LlamaFileType(stated).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    if num_parameters >= 1e9:
+        size = f"{num_parameters / 1e9:.1f}B"
+    else:
+        size = f"{num_parameters / 1e6:.1f}M"
+    return f"{file.architecture} {size} {label}"
