@@ -194,7 +194,7 @@ def bandwidth(
     num_threads: int | None = None,
     *,
     root: Path = Path("/"),
-    seconds: float = _MEASURE_SECONDS,
+    seconds: float | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Bandwidth:
     """Measures how fast RAM is read by one thread and by all (default: one for each physical core)."""
@@ -203,6 +203,7 @@ def bandwidth(
     buffer_bytes = max(_MIN_BANDWIDTH_BYTES, 4 * last_level_cache_bytes(root))
     buffer_bytes = min(buffer_bytes, max(_MIN_BANDWIDTH_BYTES, memory(root).available_bytes // 4))
     announce(f"measuring memory bandwidth, {pool.num_threads} threads")
+    seconds = _MEASURE_SECONDS if seconds is None else seconds
     all_threads = cpu.measure_read_bandwidth(pool, buffer_bytes, seconds)
     announce("measuring memory bandwidth, 1 thread")
     one_thread = cpu.measure_read_bandwidth(pool, buffer_bytes, seconds, 1)

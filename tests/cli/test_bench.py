@@ -1,0 +1,155 @@
+"""`hybrid bench`: what is run, what is timed, and the figures of a row."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid import bench
+from hybrid.errors import CapacityError, ConfigError
+from hybrid.forward import SingleSequence
+from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+
+VOCAB, HIDDEN = 40, 8
+
+# design: the fields every row has, in any output format.
+ROW_FIELDS = {
+    "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts", "samples_ts", "isa", "n_threads", "numa",
+    "placement_hash", "experts_per_token", "expert_threshold", "limit_kind", "limit_value",
+    "limit_fraction", "predicted_ts",
+}  # fmt: skip
+
+
+class StubModel:
+    """Checks that each step's batch is one sequence in order, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=1000)
+        self.steps: list[tuple[int, int]] = []
+        self.logit_rows: list[int] = []
+        self.cache: dict[int, int] = {}
+        self.num_blocks = 0
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+    def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        start, count = int(batch.positions[0]), len(token_ids)
+        assert token_ids.dtype == torch.int32 and int(token_ids.max()) < VOCAB
+        assert batch.positions.tolist() == list(range(start, start + count))
+        assert batch.query_start.tolist() == [0, count]
+        assert batch.seq_lens.tolist() == [start + count]
+        table = batch.block_tables[0].tolist()
+        for position, token in enumerate(token_ids.tolist(), start):
+            slot = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            assert slot == batch.slot_mapping[position - start] and slot < self.num_blocks * BLOCK_SIZE
+            self.cache[slot] = token
+        self.steps.append((start, count))
+        return torch.nn.functional.one_hot(token_ids.long(), VOCAB).float()[:, :HIDDEN]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.logit_rows.append(len(hidden_states))
+        return torch.zeros(len(hidden_states), VOCAB)
+
+    def close(self) -> None:
+        pass
+
+
+def setup(**changes: Any) -> bench.Setup:
+    values: dict[str, Any] = {
+        "model_filename": "m.gguf",
+        "model_type": "deepseek2 1.0M Q4_K_M",
+        "model_size": 1000,
+        "model_n_params": 2000,
+        "backends": "CPU",
+        "isa": "avx2",
+        "n_threads": 2,
+        "numa": "none",
+        "type_k": "f16",
+        "n_ubatch": 512,
+        "placement_hash": "0" * 12,
+        "experts_per_token": 4,
+        "active_bytes": 600,
+        "kv_bytes_per_token": 10,
+        "read_bandwidth": 1e6,
+    }
+    return bench.Setup(**(values | changes))
+
+
+def test_tests_of_a_run() -> None:
+    tests = bench.list_tests((512, 0), (128,), (0, 4096))
+    assert [t.label for t in tests] == ["pp512", "tg128", "pp512 @ d4096", "tg128 @ d4096"]
+    assert bench.context_needed(tests) == 4096 + 512
+    with pytest.raises(ConfigError, match="no test to run"):
+        bench.list_tests((0,), (0,), (0,))
+
+
+def test_prompt_runs_in_chunks_with_logits_of_the_last_token() -> None:
+    model = StubModel()
+    sequence = SingleSequence(model, 100, chunk=32)
+    rows = list(bench.run_tests(sequence, bench.list_tests((80,), (), (0,)), setup(), repetitions=2))
+    run = [(0, 32), (32, 32), (64, 16)]
+    assert model.steps == run * 3  # a warm-up and two repetitions
+    assert model.logit_rows == [1] * 3
+    assert len(rows) == 1 and len(rows[0]["samples_ts"]) == 2
+
+
+def test_generation_steps_one_token_at_a_time_each_with_logits() -> None:
+    model = StubModel()
+    list(bench.run_tests(SingleSequence(model, 10), bench.list_tests((), (3,), (0,)), setup(), repetitions=2))
+    assert model.steps == [(0, 1), *[(0, 1), (1, 1), (2, 1)] * 2]
+    assert model.logit_rows == [1] * 7
+
+
+def test_depth_is_filled_once_and_kept() -> None:
+    model = StubModel()
+    sequence = SingleSequence(model, 80, chunk=64)
+    list(bench.run_tests(sequence, bench.list_tests((), (2,), (70,)), setup(), repetitions=2))
+    assert model.steps == [(0, 64), (64, 6), (70, 1), *[(70, 1), (71, 1)] * 2]
+
+
+def test_too_long_a_sequence_is_refused_before_work() -> None:
+    model = StubModel()
+    with pytest.raises(CapacityError, match="1001 tokens do not fit the model's context of 1000"):
+        SingleSequence(model, 1001)
+    with pytest.raises(CapacityError, match="3 tokens do not fit a sequence of 2"):
+        SingleSequence(model, 2).next_logits([1, 2, 3])
+    assert not model.steps
+
+
+def test_scored_positions_of_a_text() -> None:
+    model = StubModel()
+    sequence = SingleSequence(model, 300, chunk=100)
+    ids = torch.arange(300, dtype=torch.int32).numpy() % VOCAB
+    pieces = list(sequence.logits(ids, 150))
+    assert sum(len(piece) for piece in pieces) == 300 - 1 - 150
+    # The last token predicts nothing that is scored, so it is not run.
+    assert sum(count for _, count in model.steps) == 299
+
+
+def test_row_of_generation_states_its_limit() -> None:
+    row = bench.make_row(bench.Workload(0, 128, 100), setup(), [10.0, 20.0])
+    assert row.keys() >= ROW_FIELDS
+    assert json.loads(json.dumps(row)) == row
+    assert row["avg_ts"] == 15 and row["stddev_ts"] == pytest.approx(50**0.5)
+    assert row["limit_kind"] == "ram_read_bandwidth" and row["limit_value"] == 1e6
+    # Step i of 128 attends to 100 + i tokens: 164.5 on average.
+    assert row["limit_fraction"] == pytest.approx((600 + 10 * 164.5) * 15 / 1e6)
+    assert row["predicted_ts"] is None and row["expert_threshold"] is None
+
+
+def test_row_of_a_prompt_has_no_limit_yet() -> None:
+    row = bench.make_row(bench.Workload(512, 0, 0), setup(), [10.0])
+    assert row["limit_kind"] is row["limit_value"] is row["limit_fraction"] is None
+    assert row["stddev_ts"] == 0
+
+
+def test_placement_hash_tells_placements_apart() -> None:
+    devices = {"a.weight": "cpu", "b.weight": "cpu"}
+    same = bench.placement_hash(dict(reversed(devices.items())))
+    assert bench.placement_hash(devices) == same and len(same) == 12
+    assert bench.placement_hash(devices | {"b.weight": "cuda:0"}) != same
