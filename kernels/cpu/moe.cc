@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kPairsPerShare = 128;          // bounds a worker's tile and the reuse of activations in cache
 constexpr int64_t kFewPairs = 64;                // up to here the sum over experts is part of the down pass
-constexpr int64_t kChunkBytes = int64_t{256} << 20;  // of scratch for a chunk of tokens
+constexpr int64_t kChunkBytes = int64_t{128} << 20;  // of scratch for a chunk of tokens
 constexpr int64_t kSliceBytes = int64_t{64} << 20;   // of down's results kept at once
 constexpr int64_t kUnitsPerThread = 4;           // wanted, so that threads end together
 

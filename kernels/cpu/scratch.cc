@@ -49,7 +49,7 @@ void Scratch::fill(uint8_t byte) {
 Scratch::~Scratch() { clear(); }
 
 void* Scratch::take_bytes(size_t bytes) {
-  const size_t rounded = (bytes + 63) / 64 * 64;
+  const size_t rounded = (bytes / 64 + 1) * 64;  // never nothing
   if (chunks_.empty() || chunks_.back().bytes - used_ < rounded) add_chunk(rounded);
   uint8_t* start = chunks_.back().data + used_;
   used_ += rounded;
