@@ -25,6 +25,7 @@ logger = get_logger(__name__)
 
 _SHARD_NAME: Final = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _DIFFERING_KEYS: Final = {"split.no", "general.alignment"}
+_SAME_DOWNLOAD: Final = "Take all shards from the same download."
 _KINDS: Final = (
     (stat.S_ISDIR, "a directory; name a .gguf file in it"),
     (stat.S_ISFIFO, "a pipe; a model must be a file on disk"),
@@ -101,10 +102,10 @@ def _open_one(path: Path, header_only: bool) -> Shard:
 
 def _split_value(shard: Shard, key: str, default: int | None = None) -> int:
     value = shard.header.metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        found = "nothing" if value is None else type(value).__name__
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        found = _brief(value)
         raise GGUFError("a shard lacks its split metadata", file=shard.path, key=key,
-                        expected="an integer", found=found)  # fmt: skip
+                        expected="a count", found=found, hint=_SAME_DOWNLOAD)  # fmt: skip
     return value
 
 
@@ -112,7 +113,8 @@ def _shard_paths(path: Path, count: int) -> list[Path]:
     match = _SHARD_NAME.fullmatch(path.name)
     if count > MAX_SHARDS:
         expected = f"at most {MAX_SHARDS}"
-        raise GGUFError("too many shards", file=path, key="split.count", expected=expected, found=count)
+        raise GGUFError("too many shards", file=path, key="split.count", expected=expected, found=count,
+                        hint="The header is damaged.")  # fmt: skip
     if match is None or int(match["count"]) != count:
         raise GGUFError(
             "this is one shard of a split model, and its name does not match",
@@ -149,8 +151,9 @@ def _check_belong_together(shards: list[Shard]) -> None:
 
 def _expect(shard: Shard, key: str, expected: Any, found: Any, problem: str) -> None:
     if expected != found:
-        hint = "Take all shards from the same download."
-        raise GGUFError(problem, file=shard.path, key=key, expected=expected, found=found, hint=hint)
+        raise GGUFError(
+            problem, file=shard.path, key=key, expected=expected, found=found, hint=_SAME_DOWNLOAD
+        )
 
 
 def _brief(value: Any) -> str:
