@@ -1,8 +1,9 @@
-"""Options of the engine as one frozen value."""
+"""Options of the engine as one frozen value, and the file that a model's name means."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from hybrid.errors import ConfigError
@@ -43,3 +44,20 @@ class EngineConfig:
                 f"max_num_batched_tokens: expected at least max_num_seqs = {self.max_num_seqs}, "
                 f"found {self.max_num_batched_tokens}"
             )
+
+
+DEMO_MODEL = "demo"
+_DEMO_FILE = Path(__file__).parent / "demo" / "demo.gguf"
+
+
+def model_path(model: str | Path | None) -> Path:
+    """The file of ``model``; ``None`` and ``"demo"`` mean the bundled one. Whether it exists is not checked.
+
+    Raises:
+        ConfigError: not a path.
+    """
+    if model is None or model == DEMO_MODEL:
+        return _DEMO_FILE
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model: expected a GGUF file or {DEMO_MODEL!r}, found {model!r}")
+    return Path(model).expanduser()

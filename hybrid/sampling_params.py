@@ -130,7 +130,7 @@ class SamplingParams:
                 _refuse(field, "True or False", getattr(self, field))
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        stop: Any = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if isinstance(stop, bytes) or not isinstance(stop, Sequence) or len(stop) > MAX_STOP_STRINGS:
             _refuse("stop", f"a string, or a sequence of up to {MAX_STOP_STRINGS}", self.stop)
         for text in stop:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrid import env
+from hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,3 +113,58 @@ def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
     flag(group, "-s", "--seed")
     flag(group, "--stop", action="append")
     flag(group, "--ignore-eos")
+
+
+def open_model(args: argparse.Namespace, **options: Any) -> LLM:
+    """The model that the flags of `add_model` and `add_runtime` describe; ``options`` go to `LLM` too.
+
+    Shows a progress bar while it loads if stderr is a terminal.
+    """
+    from tqdm import tqdm
+
+    from hybrid.llm import LLM
+
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return LLM(
+            args.model,
+            args.rules,
+            args.ctx_size,
+            num_threads=args.threads,
+            isa=args.isa,
+            kv_format=args.kv_format,
+            progress=show,
+            **options,
+        )
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What the flags of `add_sampling` say; a seed is drawn if none is given, and put into ``args``.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    from hybrid.sampling_params import SamplingParams
+
+    if args.n_predict == 0:
+        raise ConfigError("-n: expected an integer >= 1, or -1, found 0")
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    stop = [args.stop] if isinstance(args.stop, str) else args.stop
+    return SamplingParams(
+        temperature=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repeat_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        stop=stop,
+        ignore_eos=args.ignore_eos,
+        max_tokens=None if args.n_predict == -1 else args.n_predict,
+    )

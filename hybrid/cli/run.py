@@ -1,0 +1,97 @@
+"""`hybrid run`: continue a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from hybrid.cli import arguments
+from hybrid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybrid.engine.requests import TokenStream
+    from hybrid.outputs import RequestOutput
+
+HELP = "continue a prompt, printing the text as it is written"
+DEMO_PROMPT = "Once upon a time"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        help="text to continue; - reads it from stdin; the demo model has a default",
+    )
+    arguments.add_model(parser)
+    arguments.flag(parser, "--echo")
+    arguments.add_sampling(parser, n_predict=256)
+    arguments.add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = read_prompt(args)
+    params = arguments.sampling_params(args)
+    with arguments.open_model(args) as llm, llm.stream(prompt, params) as stream:
+        print(f"{llm.describe()}, seed {args.seed}", file=sys.stderr, flush=True)
+        if args.echo or args.prompt is None:
+            write(prompt)
+        code = print_stream(stream)
+        write("\n")
+        print(summary(stream.result()), file=sys.stderr)
+    return code
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt that is meant.
+
+    Raises:
+        ConfigError: there is none, or it is empty or not UTF-8.
+    """
+    prompt = args.prompt
+    if prompt is None:
+        if args.model != "demo":
+            raise ConfigError('no prompt: give one, as in `hybrid run -m MODEL "a prompt"`, or - for stdin')
+        return DEMO_PROMPT
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+    if not prompt:
+        raise ConfigError("the prompt is empty")
+    return str(prompt)
+
+
+def print_stream(stream: TokenStream) -> int:
+    """Print text as it becomes certain; returns 0, or 130 if Ctrl-C ended it."""
+    try:
+        for delta in stream:
+            write(delta.outputs[0].text)
+    except KeyboardInterrupt:
+        stream.close()
+        return 130
+    return 0
+
+
+def write(text: str) -> None:
+    """Text to stdout at once; what the terminal's encoding lacks becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def summary(output: RequestOutput) -> str:
+    """Token counts and rates of a finished request."""
+    metrics, completion = output.metrics, output.outputs[0]
+    if metrics is None:
+        return f"prompt {len(output.prompt_token_ids)} tokens; stopped before the first token"
+    return (
+        f"prompt {metrics.num_prompt_tokens} tokens, {_rate(metrics.prompt_tokens_per_s)}; "
+        f"generated {metrics.num_generated_tokens} tokens, {_rate(metrics.generated_tokens_per_s)}; "
+        f"finished: {completion.finish_reason}"
+    )
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "- tokens/s" if tokens_per_s is None else f"{tokens_per_s:.2f} tokens/s"

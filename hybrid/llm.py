@@ -1,0 +1,236 @@
+"""The generation API: text, token ids or messages in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from hybrid.chat import ChatTemplate
+from hybrid.config import KVFormat
+from hybrid.engine.load import LoadOptions, load
+from hybrid.engine.requests import Request, Requests, TokenStream
+from hybrid.errors import HybridError, RequestError
+from hybrid.outputs import RequestOutput
+from hybrid.placement.planner import Plan
+from hybrid.sampling_params import SamplingParams
+from hybrid.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model that writes text.
+
+    Not thread-safe. It prints nothing and installs no signal handlers; `close` frees everything, and a
+    ``with`` statement calls it.
+
+    Args:
+        model: a GGUF file (any shard of a split one); ``None`` or ``"demo"`` for the bundled model.
+        rules: where tensors go; ``"auto"`` decides by itself.
+        max_model_len: tokens of prompt and text together; the cache is made for them. Default: what the
+            model was made for, at most 8192; 0: what the model was made for.
+        num_threads: CPU threads. Default: ``HYBRID_THREADS``, else one for each physical core.
+        isa: CPU kernels to use. Default: ``HYBRID_ISA``, else the best of the host.
+        kv_format: ``"f32"``, ``"f16"`` or ``"bf16"``.
+        seed: requests without a seed of their own follow from it.
+        max_num_seqs: requests computed at once; each has room for a full context.
+        max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
+        progress: called with (bytes read, bytes in all) while the model loads.
+
+    Raises:
+        HybridError: the file, an option or the machine does not allow it; the subclass says which.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        rules: str | Path | dict[str, Any] = "auto",
+        max_model_len: int | None = None,
+        *,
+        num_threads: int | None = None,
+        isa: str | None = None,
+        kv_format: KVFormat = "f16",
+        seed: int = 0,
+        max_num_seqs: int = 1,
+        max_num_batched_tokens: int = 512,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        options = LoadOptions(
+            rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens
+        )
+        self._loaded = load(model, options, progress)
+        self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template.
+
+        Raises:
+            TokenizerError: it has none, or one that cannot be used; the error says why.
+        """
+        template = self._loaded.chat_template
+        if isinstance(template, HybridError):
+            raise template
+        return template
+
+    @property
+    def max_model_len(self) -> int:
+        return self._loaded.engine.config.max_model_len
+
+    def plan(self) -> Plan:
+        """Where every tensor lies."""
+        return self._loaded.plan
+
+    def describe(self) -> str:
+        """One line: what runs where, with which kernels, threads and context."""
+        loaded = self._loaded
+        return (
+            f"{loaded.path.name}: {loaded.plan.one_line()}; ISA {loaded.isa}, {loaded.num_threads} threads, "
+            f"context {self.max_model_len}"
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts; results in their order.
+
+        Args:
+            prompts: texts, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``, one or several.
+            sampling_params: for all, or one for each prompt.
+            use_tqdm: show a progress bar when stderr is a terminal.
+
+        Raises:
+            RequestError: a prompt or parameter is invalid; nothing was computed. `ContextLengthError`, a
+                subclass, says that a prompt does not fit.
+        """
+        several = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        parsed = [self._parse(prompt) for prompt in (prompts if several else [prompts])]
+        return self._generate(parsed, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` mappings, or a sequence of such conversations.
+            template_options: passed to `ChatTemplate.encode`: ``add_generation_prompt``, ``tools``, ...
+
+        Raises:
+            TokenizerError: the model has no usable chat template.
+            RequestError: as `generate`.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if single else list(messages)
+        parsed = [self._render(conversation, template_options) for conversation in conversations]
+        return self._generate(parsed, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
+        """Complete one prompt, token by token.
+
+        Each `RequestOutput` holds what is new: token ids, log-probabilities, and text as far as it is
+        certain. Closing the stream ends the request. Invalid requests raise before the first one.
+        """
+        return TokenStream(self._requests, self._add(self._parse(prompt), sampling_params))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> TokenStream:
+        """`stream` for a conversation."""
+        request = self._add(self._render(messages, template_options), sampling_params)
+        return TokenStream(self._requests, request)
+
+    def close(self) -> None:
+        """Free the model. Calling it again does nothing; any other use afterwards is an error."""
+        self._requests.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _parse(self, prompt: Any) -> tuple[str | None, list[int]]:
+        self._requests.check_open()
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return None, _token_ids(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            expected = "a text that is not empty, {'prompt': text} or {'prompt_token_ids': ids}"
+            raise RequestError("invalid prompt", field="prompt", expected=expected, found=prompt)
+        return prompt, self.tokenizer.encode(prompt)
+
+    def _render(self, messages: Any, options: dict[str, Any]) -> tuple[str | None, list[int]]:
+        self._requests.check_open()
+        return None, self.chat_template.encode(messages, **options)
+
+    def _add(self, prompt: tuple[str | None, list[int]], params: SamplingParams | None) -> Request:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                "invalid type", field="sampling_params", expected="SamplingParams", found=params
+            )
+        return self._requests.add(*prompt, params)
+
+    def _generate(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if isinstance(sampling_params, Sequence):
+            params: list[SamplingParams | None] = list(sampling_params)
+        else:
+            params = [sampling_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                "wrong number",
+                field="sampling_params",
+                expected=f"one, or one for each of {len(prompts)} prompts",
+                found=len(params),
+            )
+        requests: list[Request] = []
+        try:
+            requests += (self._add(prompt, each) for prompt, each in zip(prompts, params, strict=True))
+            with tqdm(total=len(requests), unit="prompt", disable=None if use_tqdm else True) as bar:
+                for request in requests:
+                    while not request.state.finished:
+                        self._requests.step()
+                    bar.update()
+            return [request.state.result() for request in requests]
+        finally:
+            for request in requests:
+                self._requests.drop(request)
+
+
+def _token_ids(ids: Any) -> list[int]:
+    """Prompt token ids as a list; arrays and tensors are taken too. The engine checks the values."""
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise RequestError(
+            "invalid type", field="prompt_token_ids", expected="a sequence of token ids", found=ids
+        )
+    return list(values)
