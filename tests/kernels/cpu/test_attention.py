@@ -100,7 +100,9 @@ class World:
         shape, chosen = self.shape, [(self.sequences[s], a, b) for s, a, b in parts]
         q = np.concatenate([s.q[a:b] for s, a, b in chosen])
         q_latent = np.concatenate([s.q_latent[a:b] for s, a, b in chosen])
-        positions = np.concatenate([np.arange(a, b) + s.length - s.new for s, a, b in chosen]).astype(np.int32)
+        positions = np.concatenate([np.arange(a, b) + s.length - s.new for s, a, b in chosen]).astype(
+            np.int32
+        )
         query_start = np.cumsum([0] + [b - a for _, a, b in chosen]).astype(np.int32)
         seq_lens = np.array([s.length - s.new + b for s, _, b in chosen], np.int32)
         tables = np.full((len(chosen), max(len(s.blocks) for s, _, _ in chosen) + 1), -1, np.int32)
@@ -288,7 +290,10 @@ def test_append_matches_float64(isa: str, heads: int, latent: int, rope: int, fm
     np.testing.assert_array_equal(rotated[..., : shape.nope], q[..., : shape.nope])
     tail = q[..., shape.nope :]
     np.testing.assert_allclose(
-        rotated[..., shape.nope :], rotate(tail, table[:, None]), rtol=0, atol=3 * EPS * 1.1 * np.abs(tail).max()
+        rotated[..., shape.nope :],
+        rotate(tail, table[:, None]),
+        rtol=0,
+        atol=3 * EPS * 1.1 * np.abs(tail).max(),
     )
     latents = kv[:, :latent].astype(np.float64)
     latents = latents / np.sqrt((latents**2).mean(-1, keepdims=True) + 1e-6) * norm
@@ -317,7 +322,21 @@ def test_cache_rounds_to_nearest_even(isa: str, fmt: str, largest: float) -> Non
     # Rotary columns with the angle zero go to the cache as they are.
     rng = np.random.default_rng(3)
     values = rng.standard_normal(4096) * 10.0 ** rng.uniform(-9, 4, 4096)
-    special = [0.0, -0.0, 6e-8, -3e-8, 2.98e-8, 6.1e-5, 65519.0, 65520.0, 1e30, largest, np.inf, -np.inf, np.nan]
+    special = [
+        0.0,
+        -0.0,
+        6e-8,
+        -3e-8,
+        2.98e-8,
+        6.1e-5,
+        65519.0,
+        65520.0,
+        1e30,
+        largest,
+        np.inf,
+        -np.inf,
+        np.nan,
+    ]
     halves = (np.arange(0x3800, 0x3900, dtype=np.uint16).view(np.float16)).astype(np.float64)
     ties = (halves[:-1] + halves[1:]) / 2
     kv = np.concatenate([values, special, ties]).astype(np.float32)

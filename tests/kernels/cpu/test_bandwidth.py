@@ -19,7 +19,14 @@ def test_measures_something_plausible(isa: str, num_threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(1 << 20, 0.1, 0), (64 << 20, 0.0, 0), (64 << 20, float("nan"), 0), (64 << 20, 0.1, 3), (64 << 20, 0.1, -1)]
+    "arguments",
+    [
+        (1 << 20, 0.1, 0),
+        (64 << 20, 0.0, 0),
+        (64 << 20, float("nan"), 0),
+        (64 << 20, 0.1, 3),
+        (64 << 20, 0.1, -1),
+    ],
 )
 def test_refuses_arguments_out_of_range(arguments: tuple[int, float, int]) -> None:
     with pytest.raises(ValueError, match="at least 4194304 bytes, a positive time and 0 to 2 threads"):

@@ -40,7 +40,9 @@ def on_every_isa(call):  # type: ignore[no-untyped-def]
 # --- rms_norm -------------------------------------------------------------------------------------
 
 
-def norm(x: np.ndarray, weight: np.ndarray, residual: np.ndarray | None = None, threads: int = 2) -> np.ndarray:
+def norm(
+    x: np.ndarray, weight: np.ndarray, residual: np.ndarray | None = None, threads: int = 2
+) -> np.ndarray:
     out = np.full_like(x, np.nan)
     cpu.rms_norm(
         cpu.ThreadPool(threads, []), address(x), len(x), x.shape[1], address(weight), 1e-6, address(residual),
@@ -71,7 +73,10 @@ def test_rms_norm(isa: str, dim: int, tokens: int) -> None:
 
 def test_rms_norm_bits_do_not_depend_on_threads_mates_or_isa() -> None:
     rng = np.random.default_rng(1)
-    x, weight = rng.standard_normal((200, 1000)).astype(np.float32), rng.standard_normal(1000).astype(np.float32)
+    x, weight = (
+        rng.standard_normal((200, 1000)).astype(np.float32),
+        rng.standard_normal(1000).astype(np.float32),
+    )
     whole = norm(x, weight)
     for threads in (1, 3):
         np.testing.assert_array_equal(norm(x, weight, threads=threads), whole)
@@ -81,7 +86,10 @@ def test_rms_norm_bits_do_not_depend_on_threads_mates_or_isa() -> None:
 
 
 def test_rms_norm_in_place() -> None:
-    x, weight = np.random.default_rng(2).standard_normal((3, 100)).astype(np.float32), np.ones(100, np.float32)
+    x, weight = (
+        np.random.default_rng(2).standard_normal((3, 100)).astype(np.float32),
+        np.ones(100, np.float32),
+    )
     wanted = norm(x, weight)
     cpu.rms_norm(cpu.ThreadPool(1, []), address(x), 3, 100, address(weight), 1e-6, 0, address(x))
     np.testing.assert_array_equal(x, wanted)
@@ -126,9 +134,7 @@ def reference_scores(logits: np.ndarray, scoring: str) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def reference_choice(
-    choice: np.ndarray, k: int, groups: int, topk_groups: int, two_best: bool
-) -> np.ndarray:
+def reference_choice(choice: np.ndarray, k: int, groups: int, topk_groups: int, two_best: bool) -> np.ndarray:
     """DeepSeek's gate for one token: the k best experts of the best groups, ties by lower id."""
     by_group = choice.reshape(groups, -1)
     best = np.sort(by_group, -1)[:, ::-1]
@@ -141,10 +147,13 @@ def reference_choice(
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
-    ("experts", "k", "groups", "topk_groups"), [(64, 6, 1, 1), (160, 6, 8, 3), (256, 8, 8, 4), (12, 3, 4, 1), (5, 5, 1, 1)]
+    ("experts", "k", "groups", "topk_groups"),
+    [(64, 6, 1, 1), (160, 6, 8, 3), (256, 8, 8, 4), (12, 3, 4, 1), (5, 5, 1, 1)],
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_route(isa: str, scoring: str, experts: int, k: int, groups: int, topk_groups: int, biased: bool) -> None:
+def test_route(
+    isa: str, scoring: str, experts: int, k: int, groups: int, topk_groups: int, biased: bool
+) -> None:
     rng = np.random.default_rng(experts)
     logits = (2 * rng.standard_normal((17, experts))).astype(np.float32)
     bias = rng.uniform(-0.1, 0.1, experts).astype(np.float32) if biased else None
@@ -252,7 +261,9 @@ def inputs(tokens: int, batch: int, rows: int) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q5_0, GGMLType.Q4_K])
+@pytest.mark.parametrize(
+    "kind", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q5_0, GGMLType.Q4_K]
+)
 @pytest.mark.parametrize(("batch", "rows", "cols"), [(2, 16, 256), (3, 24, 512), (1, 7, 768)])
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_transposed_product(isa: str, kind: GGMLType, batch: int, rows: int, cols: int, tokens: int) -> None:
@@ -260,7 +271,9 @@ def test_transposed_product(isa: str, kind: GGMLType, batch: int, rows: int, col
     x = inputs(tokens, batch, rows)
     out = transposed(matrix, x, cols)
     wanted = np.einsum("tbr,brc->tbc", x[..., :rows].astype(np.float64), weight.astype(np.float64))
-    size = np.einsum("tbr,brc->tbc", np.abs(x[..., :rows]).astype(np.float64), np.abs(weight).astype(np.float64))
+    size = np.einsum(
+        "tbr,brc->tbc", np.abs(x[..., :rows]).astype(np.float64), np.abs(weight).astype(np.float64)
+    )
     # Dequantising rounds within two eps of the larger of scale and minimum; rows chain one rounding each.
     slack = 4 * EPS * np.abs(weight).max() * np.abs(x[..., :rows]).sum(-1, keepdims=True)
     assert (np.abs(out - wanted) <= EPS * (rows + 2) * size + slack).all()
