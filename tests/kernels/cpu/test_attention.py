@@ -1,4 +1,4 @@
-"""Latent attention and cache writes against float64 numpy, and bit equality of everything that must not matter."""
+"""Latent attention and cache writes against float64 numpy, and bits that must not depend on anything else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-
 from hybrid.kernels import cpu
 
 BLOCK = 64

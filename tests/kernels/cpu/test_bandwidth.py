@@ -1,9 +1,8 @@
-"""The measured read bandwidth: its arguments, and that the figure is one of RAM or a cache, not of nothing."""
+"""The measured read bandwidth: its arguments, and that the figure is that of a read."""
 
 from __future__ import annotations
 
 import pytest
-
 from hybrid.kernels import cpu
 
 

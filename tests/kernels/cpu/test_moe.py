@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hybrid.kernels import cpu
 
 from hybrid.gguf import TRAITS, GGMLType, dequantize, random_blocks
-from hybrid.kernels import cpu
 
 EPS = float(np.finfo(np.float32).eps)
 FLOATS = {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
@@ -62,7 +62,7 @@ class Weight:
         return rounded, steps
 
     def multiply(self, expert: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """W x in float64 and a bound on the kernel's error: a rounding or two for each block and each weight's own."""
+        """W x in float64 and a bound on the kernel's error: a rounding or two for each block."""
         w = self.values[expert]
         chain = w.shape[1] / TRAITS[self.kind].block_size
         if self.kind in FLOATS:
@@ -123,8 +123,8 @@ class Layer:
         out = np.full_like(x, np.nan)
         cpu.fill_scratch(0xFF)
         cpu.moe(
-            cpu.ThreadPool(threads, []), self.gate.packed, self.up.packed, self.down.packed, address(x), len(x),
-            address(ids), address(weights), ids.shape[1], address(out),
+            cpu.ThreadPool(threads, []), self.gate.packed, self.up.packed, self.down.packed, address(x),
+            len(x), address(ids), address(weights), ids.shape[1], address(out),
         )  # fmt: skip
         return out
 
@@ -276,8 +276,8 @@ def test_ids_out_of_range_are_refused_before_any_work(bad: int) -> None:
     out = np.full_like(x, 7.0)
     with pytest.raises(ValueError, match=rf"token 2, slot 1 is {bad}; it must be -1 or one of the 6 experts"):
         cpu.moe(
-            cpu.ThreadPool(2, []), layer.gate.packed, layer.up.packed, layer.down.packed, address(x), 3, address(ids),
-            address(weights), 2, address(out),
+            cpu.ThreadPool(2, []), layer.gate.packed, layer.up.packed, layer.down.packed, address(x), 3,
+            address(ids), address(weights), 2, address(out),
         )  # fmt: skip
     assert (out == 7.0).all()
 

@@ -1,4 +1,4 @@
-"""Norms, routing and transposed products against float64 numpy, and bits that must not depend on anything else."""
+"""Norms, routing and transposed products against float64 numpy, and bits that depend on nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hybrid.kernels import cpu
 
 from hybrid.gguf import GGMLType, dequantize, random_blocks
-from hybrid.kernels import cpu
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -119,8 +119,8 @@ def route(
     ids, weights = np.full((len(logits), k), -7, np.int32), np.full((len(logits), k), np.nan, np.float32)
     cpu.fill_scratch(0xFF)
     cpu.route(
-        cpu.ThreadPool(threads, []), router_matrix(np.eye(logits.shape[1], dtype=np.float32)), address(logits),
-        len(logits), address(bias), scoring, groups, topk_groups, k, norm_topk_prob, scaling, address(ids),
+        cpu.ThreadPool(threads, []), router_matrix(np.eye(logits.shape[1], dtype=np.float32)),
+        address(logits), len(logits), address(bias), scoring, groups, topk_groups, k, norm_topk_prob, scaling, address(ids),
         address(weights),
     )  # fmt: skip
     return ids, weights
@@ -194,8 +194,8 @@ def test_route_keeps_ids_in_range_for_any_logits(isa: str, scoring: str, value: 
     x[1], x[2, 3] = value, value
     ids, weights = np.full((4, 4), -7, np.int32), np.full((4, 4), np.nan, np.float32)
     cpu.route(
-        cpu.ThreadPool(1, []), router_matrix(weight), address(x), 4, 0, scoring, 8, 2, 4, True, 1.0, address(ids),
-        address(weights),
+        cpu.ThreadPool(1, []), router_matrix(weight), address(x), 4, 0, scoring, 8, 2, 4, True, 1.0,
+        address(ids), address(weights),
     )  # fmt: skip
     assert ((ids >= 0) & (ids < 32)).all()
     assert all(len(set(row)) == 4 for row in ids.tolist())
