@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,12 @@ import numpy as np
 from hybrid.gguf.rules import DTYPES, ValueType
 from hybrid.gguf.types import GGMLType
 
+_ACCEPTED: dict[str, tuple[type, ...]] = {
+    "b": (bool, np.bool_),
+    "i": (int, np.integer),
+    "u": (int, np.integer),
+    "f": (int, float, np.integer, np.floating),
+}
 _OF_DTYPE = {dtype: kind for kind, dtype in DTYPES.items() if kind is not ValueType.BOOL}
 
 
@@ -43,7 +50,7 @@ def encode_key_value(key: str, value: Any, type_: ValueType | None = None) -> by
     if isinstance(value, np.ndarray | list | tuple):
         body = _encode_array(value, type_)
         return encode_string(key) + struct.pack("<I", ValueType.ARRAY) + body
-    kind = type_ or _scalar_type(value)
+    kind = _scalar_type(value) if type_ is None else type_
     return encode_string(key) + struct.pack("<I", kind) + _encode_scalars([value], kind)
 
 
@@ -75,13 +82,13 @@ def _first_that_holds(values: Sequence[int], kinds: Sequence[ValueType]) -> Valu
         info = np.iinfo(DTYPES[kind])
         if info.min <= low and high <= info.max:
             return kind
-    raise ValueError(f"{low} to {high} fits no integer type of 64 bits")
+    raise ValueError(f"{low} to {high} does not fit {' or '.join(kind.name for kind in kinds)}")
 
 
 def _encode_array(values: Any, type_: ValueType | None) -> bytes:
     if isinstance(values, np.ndarray) and values.ndim != 1:
         raise ValueError(f"an array must have one dimension, found {values.ndim}")
-    kind = type_ or _element_type(values)
+    kind = _element_type(values) if type_ is None else type_
     if kind is ValueType.ARRAY:
         raise ValueError("nested arrays cannot be stored")
     if kind is ValueType.STRING:
@@ -115,20 +122,17 @@ def _element_type(values: Any) -> ValueType:
 def _encode_scalars(values: Any, kind: ValueType) -> bytes:
     if kind in (ValueType.STRING, ValueType.ARRAY):
         raise ValueError(f"{values!r} cannot be stored as {kind.name}")
-    given = np.asarray(values)
-    if kind is ValueType.BOOL:
-        if given.dtype != np.bool_:
-            raise ValueError(f"{given.dtype} values cannot be stored as BOOL")
-        return given.astype(np.uint8).tobytes()
-    if given.size and (given.dtype == np.bool_ or given.dtype.kind not in "iuf"):
-        raise ValueError(f"{given.dtype} values cannot be stored as {kind.name}")
+    elements = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    accepted = _ACCEPTED[DTYPES[kind].kind if kind is not ValueType.BOOL else "b"]
+    for element in elements:
+        is_bool = isinstance(element, bool | np.bool_)
+        if not isinstance(element, accepted) or is_bool != (kind is ValueType.BOOL):
+            raise ValueError(f"{element!r} cannot be stored as {kind.name}")
     dtype = DTYPES[kind]
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = given.astype(dtype)
-    if dtype.kind == "f":
-        lost = np.isinf(stored) & ~np.isinf(given.astype(np.float64))
-    else:
-        lost = stored.astype(object) != given.astype(object)
-    if np.any(lost):
-        raise ValueError(f"{given[lost][0]} does not fit {kind.name}")
+    if dtype.kind in "iu" and elements:
+        _first_that_holds(elements, (kind,))
+    with np.errstate(over="ignore"):
+        stored = np.array(elements, dtype=dtype)
+    if dtype.kind == "f" and np.isinf(stored).sum() != sum(map(math.isinf, elements)):
+        raise ValueError(f"a value does not fit {kind.name}")
     return stored.tobytes()

@@ -13,7 +13,11 @@ from hybrid.gguf.rules import DTYPES, ValueType, key_problem
 MAX_ARRAY_STRINGS: Final = 1 << 24  # the largest published vocabularies are below 2^19
 SMALLEST_KEY: Final = 8 + 1 + 4 + 1  # a key of one byte with a one-byte value
 
-_FORMATS = {kind: "<" + dtype.char for kind, dtype in DTYPES.items()}
+_STRUCT_CODES: Final = {
+    "u1": "B", "i1": "b", "u2": "H", "i2": "h", "u4": "I", "i4": "i", "u8": "Q", "i8": "q",
+    "f4": "f", "f8": "d",
+}  # fmt: skip
+_FORMATS: Final = {kind: "<" + _STRUCT_CODES[dtype.str[1:]] for kind, dtype in DTYPES.items()}
 
 
 def read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
