@@ -81,12 +81,7 @@ std::vector<const char*> required(Isa isa) {
 }
 
 std::atomic<int>& chosen() {
-  static std::atomic<int> isa = [] {
-    int best = 0;
-    for (int i = 0; i < kNumIsas; ++i)
-      if (isa_supported(static_cast<Isa>(i))) best = i;
-    return best;
-  }();
+  static std::atomic<int> isa = static_cast<int>(best_isa());
   return isa;
 }
 
@@ -112,6 +107,13 @@ std::vector<std::string> isa_missing(Isa isa) {
 }
 
 bool isa_supported(Isa isa) { return isa_missing(isa).empty(); }
+
+Isa best_isa() {
+  Isa best = Isa::kScalar;
+  for (int i = 0; i < kNumIsas; ++i)
+    if (isa_supported(static_cast<Isa>(i))) best = static_cast<Isa>(i);
+  return best;
+}
 
 Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
 

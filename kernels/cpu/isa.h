@@ -25,7 +25,9 @@ bool isa_supported(Isa isa);
 // The features of `isa` this host lacks; empty when it is supported.
 std::vector<std::string> isa_missing(Isa isa);
 
-// The process-wide choice. Starts as the best supported one.
+Isa best_isa();  // the last supported one
+
+// The process-wide choice. Starts as best_isa().
 Isa current_isa();
 void set_current_isa(Isa isa);
 
