@@ -10,19 +10,22 @@ and the cache once, so ``limit_fraction`` = (active + cache bytes) Ã— tokens/s Ã
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import gguf
 import numpy as np
 
-from hybrid.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hybrid.forward import SingleSequence
-    from hybrid.gguf import GGUFFile
+from hybrid.config import model_path
+from hybrid.describe import open_for_description, summarise
+from hybrid.doctor import bandwidth
+from hybrid.engine.load import LoadOptions, load, select_isa
+from hybrid.errors import CapacityError, ConfigError
+from hybrid.forward import SingleSequence
+from hybrid.gguf import GGUFFile
 
 DECODE_LIMIT = "ram_read_bandwidth"
 
@@ -90,6 +93,63 @@ def list_tests(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[
 def context_needed(tests: Sequence[Workload]) -> int:
     """Tokens the longest test puts in the cache."""
     return max(test.n_depth + test.num_tokens for test in tests)
+
+
+@contextlib.contextmanager
+def prepare(
+    model: str | None,
+    options: LoadOptions,
+    tests: Sequence[Workload],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[SingleSequence, Setup]]:
+    """Measures the machine, then loads the model with a context as long as the longest test.
+
+    Args:
+        options: its ``max_model_len`` is replaced; ``max_num_batched_tokens`` is the chunk of prompts.
+
+    Raises:
+        CapacityError: the longest test exceeds the context the model was made for.
+        HybridError: whatever loading raises.
+    """
+    path = model_path(model)
+    needed = context_needed(tests)
+    with open_for_description(path) as file:
+        summary = summarise(file, kv_format=options.kv_format)
+        limit = file.get(f"{file.architecture}.context_length", int)
+        if needed > limit:
+            raise CapacityError(
+                f"{path}: the longest test takes {needed} tokens, and the model was made for {limit};"
+                " lower -p, -n or -d"
+            )
+        kind = model_type(file, summary.parameters)
+    select_isa(options.isa)
+    announce("measuring memory bandwidth")
+    read_bandwidth = bandwidth().all_threads
+    announce("loading")
+    loaded = load(path, replace(options, max_model_len=max(needed, 2)), progress)
+    try:
+        setup = Setup(
+            model_filename=str(path),
+            model_type=kind,
+            model_size=summary.n_bytes,
+            model_n_params=summary.parameters,
+            backends="+".join(device.upper() for device in loaded.plan.devices),
+            isa=loaded.isa,
+            n_threads=loaded.num_threads,
+            numa="none",
+            type_k=options.kv_format,
+            n_ubatch=options.max_num_batched_tokens,
+            placement_hash=loaded.plan.digest(),
+            experts_per_token=summary.num_experts_per_tok or None,
+            active_bytes=summary.active_bytes,
+            kv_bytes_per_token=summary.kv_bytes_per_token,
+            read_bandwidth=read_bandwidth,
+        )
+        yield SingleSequence(loaded.engine.model, needed, options.max_num_batched_tokens), setup
+    finally:
+        loaded.engine.close()
 
 
 def run_tests(
@@ -162,16 +222,8 @@ def make_row(test: Workload, setup: Setup, samples_ts: list[float]) -> dict[str,
     }
 
 
-def placement_hash(devices: Mapping[str, str]) -> str:
-    """Twelve hex digits that two runs share when each tensor is on the same device."""
-    text = "\n".join(f"{name} {device}" for name, device in sorted(devices.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def model_type(file: GGUFFile, num_parameters: int) -> str:
     """``deepseek2 15.7B Q4_K_M``: architecture, parameters, the file's label or its most common format."""
-    import gguf
-
     sizes: dict[str, int] = {}
     for info in file.tensors.values():
         sizes[info.type.name] = sizes.get(info.type.name, 0) + info.n_bytes

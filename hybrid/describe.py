@@ -17,21 +17,8 @@ import numpy as np
 
 from hybrid.errors import GGUFError
 from hybrid.gguf import GGUFFile, TensorInfo
-from hybrid.placement.roles import role_of
+from hybrid.placement.roles import ROLES, layer_of, role_of
 
-ROLES = (
-    "embedding",
-    "attention",
-    "router",
-    "routed_experts",
-    "shared_experts",
-    "dense_ffn",
-    "norm",
-    "output",
-    "rope",
-    "nextn",
-    "other",
-)
 _CACHE_ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -172,10 +159,12 @@ class _ActiveShares:
             )
 
     def share(self, info: TensorInfo, role: str) -> float:
-        if role == "nextn" or self._is_unused_twin(info.name) or _layer_of(info.name) >= self.num_layers:
+        layer = layer_of(info.name)
+        layer = -1 if layer is None else layer
+        if role == "nextn" or self._is_unused_twin(info.name) or layer >= self.num_layers:
             return 0.0
         if role == "routed_experts" and self.num_experts:
-            return self.used_by_layer.get(_layer_of(info.name), self.used) / self.num_experts
+            return self.used_by_layer.get(layer, self.used) / self.num_experts
         if role == "embedding" and len(info.shape) == 2:
             one_row = 1 / info.shape[0]
             tied = "output.weight" not in self.names
@@ -185,12 +174,6 @@ class _ActiveShares:
     def _is_unused_twin(self, name: str) -> bool:
         """Some files carry `attn_kv_b` beside its split halves; a token reads one of the two."""
         return ".attn_kv_b." in name and name.replace(".attn_kv_b.", ".attn_k_b.") in self.names
-
-
-def _layer_of(name: str) -> int:
-    """The layer number in ``blk.N.…``, or -1."""
-    parts = name.split(".", 2)
-    return int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else -1
 
 
 def _summarise_tensor(shares: _ActiveShares, info: TensorInfo) -> TensorSummary:

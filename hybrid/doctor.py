@@ -199,7 +199,9 @@ def bandwidth(
 ) -> Bandwidth:
     """Measures how fast RAM is read by one thread and by all (default: one for each physical core)."""
     physical = cpu.physical_cores()
-    pool = cpu.ThreadPool(num_threads or len(physical), physical)
+    threads = num_threads or len(physical)
+    # More threads than cores cannot each have one.
+    pool = cpu.ThreadPool(threads, physical[:threads] if threads <= len(physical) else [])
     buffer_bytes = max(_MIN_BANDWIDTH_BYTES, 4 * last_level_cache_bytes(root))
     buffer_bytes = min(buffer_bytes, max(_MIN_BANDWIDTH_BYTES, memory(root).available_bytes // 4))
     announce(f"measuring memory bandwidth, {pool.num_threads} threads")

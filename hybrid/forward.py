@@ -23,7 +23,7 @@ class SingleSequence:
     """Feeds token ids to a model one after another.
 
     Args:
-        model: its cache is allocated here.
+        model: its cache, already allocated, holds ``max_tokens``.
         max_tokens: the longest sequence.
         chunk: tokens the model is given at once.
 
@@ -32,13 +32,9 @@ class SingleSequence:
     """
 
     def __init__(self, model: CausalLM, max_tokens: int, chunk: int = 512) -> None:
-        limit = model.config.max_position_embeddings
-        if max_tokens > limit:
-            raise CapacityError(f"{max_tokens} tokens do not fit the model's context of {limit}")
         self.model, self.max_tokens, self.chunk = model, max_tokens, chunk
         self.length = 0
         num_blocks = blocks_for(max_tokens)
-        model.allocate_cache(num_blocks)
         self._slots = torch.arange(num_blocks * BLOCK_SIZE, dtype=torch.int32)
         self._block_table = torch.arange(num_blocks, dtype=torch.int32)[None]
 

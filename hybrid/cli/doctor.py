@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from hybrid.cli import arguments
+from hybrid.cli.progress import status_line
 from hybrid.cli.table import format_bytes
 from hybrid.errors import ConfigError
 
@@ -25,10 +25,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output not in ("md", "json"):
         raise ConfigError(f"doctor has no output format {args.output}; use md or json")
-    try:
-        found = examine(isa=args.isa, num_threads=args.threads, announce=_announce)
-    finally:
-        _announce("")
+    with status_line() as announce:
+        found = examine(isa=args.isa, num_threads=args.threads, announce=announce)
     if args.output == "json":
         print(json.dumps(found, indent=2))
     else:
@@ -37,12 +35,6 @@ def run(args: argparse.Namespace) -> int:
             for line in lines[1:]:
                 print(f"{'':<12}{line}")
     return 0
-
-
-def _announce(text: str) -> None:
-    """Shows a passing line on a terminal, and nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _sections(found: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -32,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from hybrid.config import model_path
     from hybrid.describe import open_for_description, report, summarise
     from hybrid.kernels import cpu
 
     if args.output not in ("md", "json"):
         raise ConfigError(f"inspect has no output format {args.output}; use md or json")
     isa = cpu.select_isa(args.isa)
-    path = args.file if args.file is not None else arguments.model_path(args)
-    with open_for_description(path) as file:
+    with open_for_description(model_path(args.model if args.file is None else args.file)) as file:
         summary = summarise(
             file, kv_format=args.kv_format, has_kernel=lambda type_: cpu.has_kernel(type_, isa)
         )
@@ -137,4 +137,6 @@ def _value_text(value: Any) -> str:
     if isinstance(short, dict):
         kind = "characters" if isinstance(short["first"], str) else "values"
         short = f"{short['length']} {kind}: {json.dumps(short['first'], ensure_ascii=False)[:80]} …"
+    if isinstance(short, float):
+        short = f"{short:.7g}"  # files hold float32
     return str(short).replace("\n", "\\n").replace("|", "\\|")

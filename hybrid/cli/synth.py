@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid.cli import arguments
+from hybrid.cli.progress import byte_progress
 from hybrid.cli.table import format_bytes, format_count
 from hybrid.errors import ConfigError
 
@@ -72,18 +73,9 @@ def _format(flag: str, text: str) -> GGMLType:
 
 
 def _write(args: argparse.Namespace, target: Path, shape: ModelShape, formats: Formats) -> SynthReport:
-    from tqdm import tqdm
-
     from hybrid.synth import synthesise
 
-    with tqdm(
-        unit="B", unit_scale=True, unit_divisor=1024, desc=target.name, disable=None, leave=False
-    ) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress(target.name) as progress:
         return synthesise(
             target,
             shape,
@@ -100,7 +92,7 @@ def _print_report(report: SynthReport, shape: ModelShape) -> None:
         print(f"{wanted.name} has no rows of {cols}: {written.name} is written instead", file=sys.stderr)
     if not shape.q_lora_rank and shape.num_layers not in (26, 27):
         print(
-            f"ik_llama.cpp loads a model without q_lora only if it has 26 or 27 layers",
+            "ik_llama.cpp loads a model without q_lora only if it has 26 or 27 layers",
             file=sys.stderr,
         )
     print(f"{report.path}: {format_bytes(report.n_bytes)}, {format_count(report.num_parameters)} parameters")

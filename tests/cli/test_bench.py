@@ -32,10 +32,9 @@ class StubModel:
         self.steps: list[tuple[int, int]] = []
         self.logit_rows: list[int] = []
         self.cache: dict[int, int] = {}
-        self.num_blocks = 0
 
     def allocate_cache(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+        raise AssertionError("the engine has done it")
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         start, count = int(batch.positions[0]), len(token_ids)
@@ -46,7 +45,7 @@ class StubModel:
         table = batch.block_tables[0].tolist()
         for position, token in enumerate(token_ids.tolist(), start):
             slot = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            assert slot == batch.slot_mapping[position - start] and slot < self.num_blocks * BLOCK_SIZE
+            assert slot == batch.slot_mapping[position - start]
             self.cache[slot] = token
         self.steps.append((start, count))
         return torch.nn.functional.one_hot(token_ids.long(), VOCAB).float()[:, :HIDDEN]
@@ -114,8 +113,6 @@ def test_depth_is_filled_once_and_kept() -> None:
 
 def test_too_long_a_sequence_is_refused_before_work() -> None:
     model = StubModel()
-    with pytest.raises(CapacityError, match="1001 tokens do not fit the model's context of 1000"):
-        SingleSequence(model, 1001)
     with pytest.raises(CapacityError, match="3 tokens do not fit a sequence of 2"):
         SingleSequence(model, 2).next_logits([1, 2, 3])
     assert not model.steps
@@ -146,10 +143,3 @@ def test_row_of_a_prompt_has_no_limit_yet() -> None:
     row = bench.make_row(bench.Workload(512, 0, 0), setup(), [10.0])
     assert row["limit_kind"] is row["limit_value"] is row["limit_fraction"] is None
     assert row["stddev_ts"] == 0
-
-
-def test_placement_hash_tells_placements_apart() -> None:
-    devices = {"a.weight": "cpu", "b.weight": "cpu"}
-    same = bench.placement_hash(dict(reversed(devices.items())))
-    assert bench.placement_hash(devices) == same and len(same) == 12
-    assert bench.placement_hash(devices | {"b.weight": "cuda:0"}) != same

@@ -9,12 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hybrid.kernels import cpu
 
 from hybrid import doctor
 from hybrid.cli import arguments
 from hybrid.cli import doctor as command
 from hybrid.errors import ConfigError
-from hybrid.kernels import cpu
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -151,7 +151,7 @@ def test_isa_choice_is_the_best_supported_one() -> None:
 
 
 def test_unknown_isa() -> None:
-    with pytest.raises(ConfigError, match="--isa: .*sse9"):
+    with pytest.raises(ConfigError, match=r"--isa: .*sse9"):
         run("--isa", "sse9")
 
 

@@ -1,0 +1,35 @@
+"""Progress on a terminal's stderr, and silence elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left; gives a function of (bytes done, bytes in all)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line that each call replaces; an empty text removes it, and so does leaving."""
+    import sys
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        show("")
