@@ -80,13 +80,24 @@ class Backend(ABC):
     def load_matrix(self, source: TensorSource) -> Any:
         """A weight for `linear`, `embed`, `absorb_q`, `project_v`, or one of the three of `moe`."""
 
+    def loading_done(self) -> None:
+        """Called once after the last weight: staging memory can go."""
+
     @abstractmethod
     def weight_bytes(self, weight: Any) -> int:
         """Bytes the weight occupies on the device, padding included."""
 
     @abstractmethod
-    def allocate_latent_cache(self, num_blocks: int, row_width: int, fmt: CacheFormat) -> Any:
-        """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``kv_lora_rank + rope_dim``."""
+    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
+        """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``latent_dim + rope_dim``."""
+
+    @abstractmethod
+    def receive(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, copied to this device unless it is there already."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives everything back; the backend and its weights must not be used afterwards."""
 
     # --- operations ----------------------------------------------------------------------------
 
@@ -128,13 +139,12 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int) -> torch.Tensor:
+    def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
         """``q`` ``[T, heads, nope + rope_dim]`` -> ``[T, heads, kv_lora_rank]``: ``q_nope`` times the key half
         of ``kv_b``.
 
-        ``k_b`` is either stored ``[heads, nope, kv_lora_rank]`` (the ``attn_kv_b`` layout: a transposed
-        product) or ``[heads, kv_lora_rank, nope]`` (the split ``attn_k_b`` layout); the weight's
-        shape says which.
+        ``transposed``: ``k_b`` is ``[heads, nope, kv_lora_rank]`` (rows of ``attn_kv_b``, a transposed product);
+        otherwise ``[heads, kv_lora_rank, nope]`` (``attn_k_b``).
         """
 
     @abstractmethod

@@ -1,0 +1,228 @@
+"""The CPU backend: quantised SIMD kernels on packed weights; the contract is in `base`.
+
+Tensors cross to the kernels as addresses. Everything passed is float32 (or int32 where ids are meant) and
+contiguous, which the layers guarantee.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid.backends.base import Backend, CacheFormat, RouterConfig, TensorSource
+from hybrid.errors import ConfigError, ModelError
+from hybrid.gguf import TRAITS, dequantize
+from hybrid.kernels import cpu
+from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+
+_STAGING_BYTES = 64 << 20
+_GROUP_ROWS = 16
+_CACHE_DTYPES: dict[CacheFormat, torch.dtype] = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The latent cache of a layer, ``[num_blocks * BLOCK_SIZE, latent_dim + rope_dim]``."""
+
+    data: torch.Tensor
+    fmt: CacheFormat
+    num_blocks: int
+    latent_dim: int
+    rope_dim: int
+
+    @property
+    def shape_arguments(self) -> tuple[int, str, int, int, int]:
+        """What the kernels ask for, in their order."""
+        return self.data.data_ptr(), self.fmt, self.num_blocks, self.latent_dim, self.rope_dim
+
+
+class CpuBackend(Backend):
+    """``num_threads`` workers on physical cores; ``None`` takes all of them."""
+
+    name = "cpu"
+    device = torch.device("cpu")
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        cores = cpu.physical_cores()
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
+        self.num_threads = num_threads or len(cores)
+        self.pool = cpu.ThreadPool(self.num_threads, cores[: self.num_threads])
+        self._staging: torch.Tensor | None = None
+
+    # --- weights -------------------------------------------------------------------------------
+
+    def load_vector(self, source: TensorSource) -> torch.Tensor:
+        return torch.from_numpy(
+            dequantize(source.file.data(source.info.name), source.info.type, (source.cols,))
+        )
+
+    def load_matrix(self, source: TensorSource) -> Any:
+        info = source.info
+        if not cpu.has_kernel(int(info.type), cpu.current_isa()):
+            raise ModelError(
+                f"{source.file.path}: tensor {info.name!r} is {TRAITS[info.type].name}, "
+                f"and the CPU has no {cpu.current_isa()} kernel for that format"
+            )
+        matrix = cpu.PackedMatrix(int(info.type), source.batch, source.num_rows, source.cols)
+        row_bytes = info.row_bytes
+        step = max(_GROUP_ROWS, _STAGING_BYTES // row_bytes // _GROUP_ROWS * _GROUP_ROWS)
+        staging = self._staging_buffer(min(step, source.num_rows) * row_bytes)
+        view = memoryview(staging.numpy())
+        for index in range(source.batch):
+            for row in range(0, source.num_rows, step):
+                count = min(step, source.num_rows - row)
+                offset = (index * source.rows + source.row_start + row) * row_bytes
+                source.file.read_into(info.name, view, offset, count * row_bytes)
+                matrix.pack_rows(self.pool, index, row, count, staging.data_ptr())
+        return matrix
+
+    def _staging_buffer(self, n_bytes: int) -> torch.Tensor:
+        if self._staging is None or self._staging.numel() < n_bytes:
+            self._staging = torch.empty(n_bytes, dtype=torch.uint8)
+        return self._staging
+
+    def loading_done(self) -> None:
+        self._staging = None
+
+    def weight_bytes(self, weight: Any) -> int:
+        return int(weight.nbytes)
+
+    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
+        shape = (num_blocks * BLOCK_SIZE, latent_dim + rope_dim)
+        return LatentCache(
+            torch.zeros(shape, dtype=_CACHE_DTYPES[fmt]), fmt, num_blocks, latent_dim, rope_dim
+        )
+
+    def receive(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.device)
+
+    def close(self) -> None:
+        del self.pool
+
+    # --- operations ----------------------------------------------------------------------------
+
+    def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
+        out = torch.empty(token_ids.shape[0], table.cols)
+        cpu.gather_rows(self.pool, table, token_ids.data_ptr(), token_ids.shape[0], out.data_ptr())
+        return out
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = torch.empty_like(x)
+        add_to = 0 if residual is None else residual.data_ptr()
+        cpu.rms_norm(
+            self.pool, x.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, add_to, out.data_ptr()
+        )
+        return out
+
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        rows: int = weight.rows
+        out = torch.empty(x.shape[0], rows)
+        cpu.linear(self.pool, weight, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), rows)
+        return out
+
+    def mla_append(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        kv_norm: torch.Tensor,
+        eps: float,
+        rope: torch.Tensor,
+        cache: Any,
+        batch: AttentionBatch,
+    ) -> None:
+        tokens, heads, head_dim = q.shape
+        cpu.mla_append(
+            self.pool, q.data_ptr(), tokens, heads, head_dim, kv.data_ptr(), kv_norm.data_ptr(), eps,
+            rope.data_ptr(), rope.shape[0], *cache.shape_arguments,
+            batch.positions.data_ptr(), batch.slot_mapping.data_ptr(),
+        )  # fmt: skip
+
+    def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
+        tokens, heads, head_dim = q.shape
+        latent: int = k_b.cols if transposed else k_b.rows
+        out = torch.empty(tokens, heads, latent)
+        product = cpu.linear_transposed_batched if transposed else cpu.linear_batched
+        product(
+            self.pool,
+            k_b,
+            q.data_ptr(),
+            tokens,
+            heads * head_dim,
+            head_dim,
+            out.data_ptr(),
+            heads * latent,
+            latent,
+        )
+        return out
+
+    def mla_attention(
+        self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
+    ) -> torch.Tensor:
+        tokens, heads, head_dim = q.shape
+        out = torch.empty_like(q_latent)
+        cpu.mla_attention(
+            self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, *cache.shape_arguments,
+            batch.seq_lens.shape[0], batch.positions.data_ptr(), batch.query_start.data_ptr(),
+            batch.seq_lens.data_ptr(), batch.block_tables.data_ptr(), batch.block_tables.stride(0), scale,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
+        tokens, heads, latent = context.shape
+        v_dim: int = v_b.rows
+        out = torch.empty(tokens, heads * v_dim)
+        cpu.linear_batched(
+            self.pool,
+            v_b,
+            context.data_ptr(),
+            tokens,
+            heads * latent,
+            latent,
+            out.data_ptr(),
+            heads * v_dim,
+            v_dim,
+        )
+        return out
+
+    def route(
+        self, x: torch.Tensor, router: Any, bias: torch.Tensor | None, config: RouterConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.empty(x.shape[0], config.num_experts_per_tok, dtype=torch.int32)
+        weights = torch.empty(x.shape[0], config.num_experts_per_tok)
+        cpu.route(
+            self.pool, router, x.data_ptr(), x.shape[0], 0 if bias is None else bias.data_ptr(), config.scoring,
+            config.num_groups, config.topk_groups, config.num_experts_per_tok, config.norm_topk_prob,
+            config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        return ids, weights
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        gate: Any,
+        up: Any,
+        down: Any,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        out = torch.empty(x.shape[0], down.rows)
+        cpu.moe(
+            self.pool, gate, up, down, x.data_ptr(), x.shape[0], topk_ids.data_ptr(), topk_weights.data_ptr(),
+            topk_ids.shape[1], out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def mlp(self, x: torch.Tensor, gate: Any, up: Any, down: Any) -> torch.Tensor:
+        out = torch.empty(x.shape[0], down.rows)
+        cpu.mlp(self.pool, gate, up, down, x.data_ptr(), x.shape[0], out.data_ptr())
+        return out

@@ -1,0 +1,27 @@
+"""Device names to backends. Backends are imported when they are first asked for."""
+
+from __future__ import annotations
+
+import re
+
+from hybrid.backends.base import Backend
+from hybrid.errors import PlacementError
+
+_FAKE = re.compile(r"^fake:\d+$")
+
+
+def create_backend(device: str, num_threads: int | None = None) -> Backend:
+    """The backend of ``cpu`` or ``fake:N``.
+
+    Raises:
+        PlacementError: this build has no backend for the device.
+    """
+    if device == "cpu":
+        from hybrid.backends.cpu import CpuBackend
+
+        return CpuBackend(num_threads)
+    if _FAKE.match(device):
+        from hybrid.backends.fake import FakeBackend
+
+        return FakeBackend(device)
+    raise PlacementError(f"device {device!r} is not available: this build runs on cpu and fake:N")

@@ -1,0 +1,96 @@
+"""From an open file and a plan to a model that runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybrid.backends.base import CacheFormat
+from hybrid.gguf import GGUFFile
+from hybrid.kvcache.blocks import AttentionBatch
+from hybrid.models.registry import family_of
+from hybrid.models.weights import Progress, WeightLoader
+from hybrid.placement.plan import Plan
+
+_CACHE_BYTES: dict[CacheFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+class Model:
+    """A loaded model: hidden states from token ids, logits from hidden states.
+
+    Attributes:
+        config: the family's frozen dataclass; has ``vocab_size``, ``hidden_size``, ``num_layers`` and
+            ``max_position_embeddings``.
+        plan: where its tensors are.
+        num_threads: CPU workers, the calling thread among them; 0 where no tensor is on the CPU.
+    """
+
+    def __init__(self, network: Any, weights: WeightLoader, kv_format: CacheFormat) -> None:
+        self.config = network.config
+        self.plan: Plan = weights.plan
+        self.kv_format = kv_format
+        self._network, self._weights = network, weights
+
+    @property
+    def num_threads(self) -> int:
+        return getattr(self._weights.backends.get("cpu"), "num_threads", 0)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache a token takes over all layers."""
+        return int(self.config.num_layers * self.config.cache_width * _CACHE_BYTES[self.kv_format])
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
+        self._network.allocate_cache(num_blocks, self.kv_format)
+
+    def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
+        hidden_states: torch.Tensor = self._network.forward(token_ids, batch)
+        return hidden_states
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]``."""
+        logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())
+        return logits
+
+    def close(self) -> None:
+        """Frees weights, cache and threads. The model must not be used afterwards."""
+        self._network = None
+        self._weights.close()
+
+
+def load_model(
+    file: GGUFFile,
+    *,
+    plan: Plan,
+    max_model_len: int,
+    num_threads: int | None = None,
+    kv_format: CacheFormat = "f16",
+    progress: Progress | None = None,
+) -> Model:
+    """Loads every tensor to the device the plan says, in the format it has.
+
+    Args:
+        file: an open model file; may be closed afterwards.
+        plan: from `hybrid.placement.planner.plan`.
+        max_model_len: positions to prepare for.
+        num_threads: CPU workers; ``None`` takes all physical cores.
+        kv_format: how the cache holds its numbers.
+        progress: called with the bytes loaded and the bytes in all.
+
+    Raises:
+        GGUFError, ModelError: the file is not a model this build can run.
+        PlacementError: tensors that belong together are on different devices, or a device is not there.
+    """
+    family = family_of(file)
+    config = family.read_config(file)
+    weights = WeightLoader(file, plan, num_threads, progress)
+    try:
+        network = family.load(config, weights, max_model_len)
+        weights.finish(config.num_layers)
+    except BaseException:
+        weights.close()
+        raise
+    return Model(network, weights, kv_format)
