@@ -1,5 +1,6 @@
 """GGUF files: reading, writing, and the numbers in their tensors. Needs numpy alone."""
 
+from hybrid.gguf.check import TensorProblem, check_tensors, require_sound_tensors
 from hybrid.gguf.dequantize import DEQUANTIZABLE, dequantize
 from hybrid.gguf.quantize import QUANTIZABLE, quantize
 from hybrid.gguf.random_blocks import RANDOM_TYPES, random_blocks
@@ -18,11 +19,14 @@ __all__ = [
     "GGUFFile",
     "GGUFWriter",
     "TensorInfo",
+    "TensorProblem",
     "TypeTraits",
     "ValueType",
+    "check_tensors",
     "dequantize",
     "quantize",
     "random_blocks",
+    "require_sound_tensors",
     "row_bytes",
     "tensor_bytes",
 ]

@@ -88,7 +88,8 @@ def _all_ones(bits: npt.NDArray[np.unsignedinteger], exponent: int) -> Bad:
 def _f16_bad(offsets: tuple[int, ...]) -> Callable[[U8], Bad]:
     def bad(blocks: U8) -> Bad:
         fields = [blocks[:, at : at + 2].view(np.uint16)[:, 0] for at in offsets]
-        return np.logical_or.reduce([_all_ones(field, _F16_EXPONENT) for field in fields])
+        found: Bad = np.logical_or.reduce([_all_ones(field, _F16_EXPONENT) for field in fields])
+        return found
 
     return bad
 

@@ -21,6 +21,8 @@ from hybrid.gguf.types import TRAITS, GGMLType
 
 _CASTS = {GGMLType.F32: np.float32, GGMLType.F16: np.float16, GGMLType.F64: np.float64}
 _WEIGHTS_AT_ONCE = 1 << 18
+# No float16 scale of scales times its codes reaches this; larger values would overflow the search.
+_FAR_TOO_LARGE = 65504.0 * 128 * 128
 
 
 def quantize(values: npt.NDArray[np.floating], type: GGMLType) -> U8:
@@ -54,6 +56,9 @@ def quantize(values: npt.NDArray[np.floating], type: GGMLType) -> U8:
         if not np.isfinite(stored).all():
             raise ValueError(f"{np.abs(rows).max():g} is too large for {type.name}")
         return stored.view(np.uint8).reshape(shape)
+    peak = np.abs(rows).max(initial=0)
+    if peak > _FAR_TOO_LARGE and type not in (GGMLType.BF16, GGMLType.MXFP4):
+        raise ValueError(f"{peak:g} is too large for {type.name}")
     blocks, encode = rows.reshape(-1, traits.block_size), _ENCODERS[type]
     out = np.empty((len(blocks), traits.block_bytes), dtype=np.uint8)
     step = max(1, _WEIGHTS_AT_ONCE // traits.block_size)

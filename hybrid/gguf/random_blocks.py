@@ -142,7 +142,7 @@ def _set_byte_scales(type: GGMLType, blocks: U8, rng: np.random.Generator, scale
     squares = np.square(decode(np.arange(codes, dtype=np.uint8)), dtype=np.float64)
     wanted = scale**2 / np.mean(np.square(MXFP4_VALUES, dtype=np.float64))
     upper = int(np.searchsorted(squares, wanted))
-    if not 0 < upper < codes:
+    if not 1 < upper < codes:  # code 0 is zero or next to it
         raise ValueError(f"{type.name} cannot hold weights of standard deviation {scale:g}")
     share = (wanted - squares[upper - 1]) / (squares[upper] - squares[upper - 1])
     pool = (upper - 1 + (rng.random(min(len(blocks) * count, _POOL_SCALES)) < share)).astype(np.uint8)
