@@ -23,6 +23,16 @@ class _Unset(NamedTuple):
     fallback: Any
 
 
+class _Append(argparse.Action):
+    """Collects the values of a flag that is given several times."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        found = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(found if isinstance(found, list) else ()), values])
+
+
 def flag(
     parser: argparse._ActionsContainer,
     *names: str,
@@ -42,6 +52,7 @@ def flag(
         text += f" (default: {default})"
     if entry.parse is env.boolean:
         kwargs.setdefault("action", "store_true")
+        default = bool(default)
     else:
         kwargs.setdefault("type", _argument_type(entry))
         kwargs.setdefault("metavar", long_names[-1][2:].rpartition("-")[2].upper())
@@ -111,7 +122,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
     flag(group, "--presence-penalty", default=0.0)
     flag(group, "--frequency-penalty", default=0.0)
     flag(group, "-s", "--seed")
-    flag(group, "--stop", action="append")
+    flag(group, "--stop", action=_Append)
     flag(group, "--ignore-eos")
 
 

@@ -1,0 +1,129 @@
+"""`hybrid run` on a model whose answers are written down."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from hybrid.cli.main import main
+from hybrid.cli.run import DEMO_PROMPT
+
+
+def test_text_to_stdout_and_the_rest_to_stderr(fake_llm, capsys):
+    assert main(["run", "-m", "fake.gguf", "A prompt"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hello, wörld\n"
+    placement, rates = captured.err.splitlines()
+    assert placement.startswith("fake.gguf: all on cpu; ISA scalar, 1 threads, context 64, seed ")
+    assert rates == "prompt 4 tokens, 2.00 tokens/s; generated 3 tokens, 4.00 tokens/s; finished: stop"
+    assert fake_llm.calls[0][0] == "A prompt"
+    assert fake_llm.closed
+
+
+def test_text_is_shown_as_it_comes(fake_llm, monkeypatch):
+    shown = []
+    monkeypatch.setattr("hybrid.cli.run.write", shown.append)
+    main(["run", "-m", "x", "p"])
+    assert shown == ["Hello", ", ", "wörld", "\n"]
+
+
+def test_the_demo_model_has_a_prompt_and_shows_it(fake_llm, capsys):
+    assert main(["run"]) == 0
+    assert fake_llm.calls[0][0] == DEMO_PROMPT
+    assert capsys.readouterr().out == f"{DEMO_PROMPT}Hello, wörld\n"
+
+
+def test_echo_shows_the_prompt(fake_llm, capsys):
+    main(["run", "-m", "x", "--echo", "p: "])
+    assert capsys.readouterr().out == "p: Hello, wörld\n"
+
+
+def test_other_models_need_a_prompt(fake_llm, capsys):
+    assert main(["run", "-m", "x"]) == 2
+    assert "no prompt" in capsys.readouterr().err
+    assert fake_llm.calls == []
+
+
+def test_an_empty_prompt_is_refused(fake_llm, capsys):
+    assert main(["run", ""]) == 2
+    assert "empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("data", "code"), [("é\n".encode(), 0), (b"", 2), (b"\xff", 2)])
+def test_a_prompt_from_stdin(fake_llm, monkeypatch, data, code):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert main(["run", "-"]) == code
+    assert [call[0] for call in fake_llm.calls] == (["é\n"] if code == 0 else [])
+
+
+def test_flags_become_sampling_parameters(fake_llm):
+    argv = ["--temp", "0.5", "--top-k", "7", "--top-p", "0.5", "--min-p", "0.1", "--seed", "9", "-n", "12"]
+    argv += ["--stop", "a", "--stop", "b", "--ignore-eos"]
+    main(["run", "-m", "x", "p", *argv, "--repeat-penalty", "1.5", "--presence-penalty", "-1"])
+    params = fake_llm.calls[0][1]
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.5, 7, 0.5, 0.1)
+    assert (params.seed, params.max_tokens, params.stop_strings) == (9, 12, ("a", "b"))
+    assert (params.ignore_eos, params.repetition_penalty, params.presence_penalty) == (True, 1.5, -1)
+    main(["run", "-m", "x", "p", "-n", "-1"])
+    assert fake_llm.calls[1][1].max_tokens is None
+
+
+def test_runs_without_a_seed_differ_and_say_theirs(fake_llm, capsys):
+    for _ in range(2):
+        main(["run", "-m", "x", "p"])
+    seeds = [params.seed for _, params in fake_llm.calls]
+    assert seeds[0] != seeds[1]
+    assert f"seed {seeds[0]}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--temp", "nan"], "temperature"),
+        (["--temp", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--min-p", "2"], "min_p"),
+        (["--top-k", "-5"], "top_k"),
+        (["--repeat-penalty", "0"], "repetition_penalty"),
+        (["--stop", ""], "stop"),
+        (["--seed", str(2**63)], "seed"),
+        (["-n", "0"], "-n"),
+    ],
+)
+def test_bad_sampling_values_are_usage_errors(fake_llm, capsys, argv, name):
+    assert main(["run", "-m", "x", "p", *argv]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1
+    assert fake_llm.options is None, "the model was loaded before the values were checked"
+
+
+def test_ctrl_c_ends_the_text_cleanly(fake_llm, capsys):
+    fake_llm.pieces = ["Hel", KeyboardInterrupt, "lo"]
+    assert main(["run", "-m", "x", "p"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "Hel\n"
+    assert "generated 1 tokens" in captured.err
+    assert fake_llm.streams[0].closed
+    assert fake_llm.closed
+
+
+def test_ctrl_c_before_the_first_token(fake_llm, capsys):
+    fake_llm.pieces = [KeyboardInterrupt]
+    assert main(["run", "-m", "x", "p"]) == 130
+    assert "stopped before the first token" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_character(fake_llm, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["run", "-m", "x", "p"]) == 0
+    assert raw.getvalue() == b"Hello, w?rld\n"
+
+
+def test_one_token_has_no_rate(fake_llm, capsys):
+    fake_llm.pieces = ["a"]
+    main(["run", "-m", "x", "p"])
+    assert "generated 1 tokens, - tokens/s" in capsys.readouterr().err
