@@ -1,0 +1,100 @@
+#include "bindings_matrix.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "linear.h"
+#include "matrix.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hybrid {
+namespace {
+
+using Address = uintptr_t;
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+template <class T>
+T* pointer(Address address, const char* operation, const char* argument) {
+  if (address == 0) throw std::invalid_argument(std::string(operation) + ": the address of `" + argument + "` is null");
+  if (address % alignof(T) != 0) {
+    throw std::invalid_argument(std::string(operation) + ": the address of `" + argument + "` is not aligned to its elements");
+  }
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_pack(PackedMatrix& matrix, ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows,
+               Address src) {
+  matrix.pack_rows(pool, batch_index, row_start, num_rows, pointer<const uint8_t>(src, "pack_rows", "src"));
+}
+
+void bind_unpack(const PackedMatrix& matrix, int64_t batch_index, int64_t row_start, int64_t num_rows, Address dst) {
+  matrix.unpack_rows(batch_index, row_start, num_rows, pointer<uint8_t>(dst, "unpack_rows", "dst"));
+}
+
+void bind_linear(ThreadPool& pool, const PackedMatrix& matrix, Address x, int64_t num_tokens, int64_t x_stride,
+                 Address out, int64_t out_stride) {
+  if (num_tokens == 0) return;
+  linear(pool, matrix, pointer<const float>(x, "linear", "x"), num_tokens, x_stride,
+         pointer<float>(out, "linear", "out"), out_stride);
+}
+
+void bind_linear_batched(ThreadPool& pool, const PackedMatrix& matrix, Address x, int64_t num_tokens,
+                         int64_t x_token_stride, int64_t x_batch_stride, Address out, int64_t out_token_stride,
+                         int64_t out_batch_stride) {
+  constexpr const char* kName = "linear_batched";
+  if (num_tokens == 0) return;
+  linear_batched(pool, matrix,
+                 {.x = pointer<const float>(x, kName, "x"),
+                  .num_tokens = num_tokens,
+                  .x_token_stride = x_token_stride,
+                  .x_batch_stride = x_batch_stride,
+                  .out = pointer<float>(out, kName, "out"),
+                  .out_token_stride = out_token_stride,
+                  .out_batch_stride = out_batch_stride});
+}
+
+void bind_gather(ThreadPool& pool, const PackedMatrix& matrix, Address ids, int64_t num_tokens, Address out) {
+  if (num_tokens == 0) return;
+  gather_rows(pool, matrix, pointer<const int32_t>(ids, "gather_rows", "ids"), num_tokens,
+              pointer<float>(out, "gather_rows", "out"));
+}
+
+// For tests: the int8 planes as quantize_row writes them.
+void bind_quantise(Address x, int64_t cols, Address codes, Address scales, Address sums) {
+  constexpr const char* kName = "quantize_activations";
+  if (cols < 1) throw std::invalid_argument(std::string(kName) + ": `cols` must be at least 1, found " + std::to_string(cols));
+  kernels_of(current_isa())
+      .quantize_row(pointer<const float>(x, kName, "x"), cols, pointer<int8_t>(codes, kName, "codes"),
+                    pointer<float>(scales, kName, "scales"), pointer<int16_t>(sums, kName, "sums"));
+}
+
+}  // namespace
+
+void bind_matrix(nb::module_& m) {
+  nb::class_<PackedMatrix>(m, "PackedMatrix", "A weight, or a stack of them, in packed 16-row groups; new rows are zero.")
+      .def(nb::init<int, int64_t, int64_t, int64_t>(), "ggml_type"_a, "batch"_a, "rows"_a, "cols"_a)
+      .def_prop_ro("ggml_type", [](const PackedMatrix& m) { return m.format().ggml_type; })
+      .def_prop_ro("batch", &PackedMatrix::batch)
+      .def_prop_ro("rows", &PackedMatrix::rows)
+      .def_prop_ro("cols", &PackedMatrix::cols)
+      .def_prop_ro("nbytes", &PackedMatrix::nbytes, "Bytes of memory, padding rows included.")
+      .def_prop_ro("address", [](const PackedMatrix& m) { return reinterpret_cast<Address>(m.group(0, 0)); },
+                   "Address of the packed bytes; the layout is stated in block_formats.h.")
+      .def("pack_rows", &bind_pack, "pool"_a, "batch_index"_a, "row_start"_a, "num_rows"_a, "src"_a, Unlocked(),
+           "Packs GGUF rows; row_start and num_rows are multiples of 16, except that num_rows may end the matrix.")
+      .def("unpack_rows", &bind_unpack, "batch_index"_a, "row_start"_a, "num_rows"_a, "dst"_a, Unlocked(),
+           "Writes GGUF rows, the inverse of pack_rows.");
+  m.def("linear", &bind_linear, "pool"_a, "matrix"_a, "x"_a, "num_tokens"_a, "x_stride"_a, "out"_a, "out_stride"_a,
+        Unlocked(), "out[t, rows] = W @ x[t, cols] in float32; strides in elements.");
+  m.def("linear_batched", &bind_linear_batched, "pool"_a, "matrix"_a, "x"_a, "num_tokens"_a, "x_token_stride"_a,
+        "x_batch_stride"_a, "out"_a, "out_token_stride"_a, "out_batch_stride"_a, Unlocked(),
+        "out[t, b, rows] = W[b] @ x[t, b, cols] in float32; strides in elements.");
+  m.def("gather_rows", &bind_gather, "pool"_a, "matrix"_a, "ids"_a, "num_tokens"_a, "out"_a, Unlocked(),
+        "out[t, cols] = row ids[t] (int32) in float32.");
+  m.def("quantize_activations", &bind_quantise, "x"_a, "cols"_a, "codes"_a, "scales"_a, "sums"_a,
+        "Rounds one row as `linear` does: int8 codes (padded to 64), a float32 scale for 256 columns, int16 sums of 16.");
+}
+
+}  // namespace hybrid
