@@ -9,6 +9,7 @@ from typing import Literal
 from hybrid.errors import ConfigError
 
 KVFormat = Literal["f32", "f16", "bf16"]
+CACHE_BYTES: dict[KVFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
 DEFAULT_MAX_MODEL_LEN = 8192  # context when none is asked for and the model has more
 MAX_WHOLE_LOGPROBS_BYTES = 2 << 30  # one request's log-probabilities of the whole vocabulary
 

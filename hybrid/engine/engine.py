@@ -28,12 +28,7 @@ class Engine:
     def __init__(
         self, model: CausalLM, config: EngineConfig, *, end_token_ids: frozenset[int] = frozenset()
     ) -> None:
-        limit = model.config.max_position_embeddings
-        if config.max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len (-c): expected at most the {limit} tokens the model was made for, "
-                f"found {config.max_model_len}"
-            )
+        check_context(config, model.config.max_position_embeddings)
         self.model, self.config = model, config
         self.vocab_size: int = model.config.vocab_size
         self.end_token_ids = frozenset(i for i in end_token_ids if i < self.vocab_size)
@@ -130,3 +125,12 @@ class Engine:
                 expected="a token that ends nothing",
                 found=params.allowed_token_ids,
             )
+
+
+def check_context(config: EngineConfig, limit: int) -> None:
+    """Raise `ConfigError` if the context is longer than the ``limit`` tokens a model was made for."""
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len (-c): expected at most the {limit} tokens the model was made for, "
+            f"found {config.max_model_len}"
+        )

@@ -10,19 +10,26 @@ from typing import Any
 
 from hybrid import env
 from hybrid.chat import ChatTemplate
-from hybrid.config import DEFAULT_MAX_MODEL_LEN, EngineConfig, KVFormat, model_path
-from hybrid.engine.engine import Engine
-from hybrid.errors import ConfigError, HybridError
+from hybrid.config import CACHE_BYTES, DEFAULT_MAX_MODEL_LEN, EngineConfig, KVFormat, model_path
+from hybrid.engine.engine import Engine, check_context
+from hybrid.errors import CapacityError, ConfigError, HybridError
 from hybrid.gguf import GGUFFile
 from hybrid.kernels import cpu
+from hybrid.kvcache.blocks import BLOCK_SIZE
+from hybrid.kvcache.pool import blocks_for
 from hybrid.models.loader import load_model
+from hybrid.models.registry import family_of
 from hybrid.placement.planner import Plan, plan
 from hybrid.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Options of `load`; `LLM` documents them."""
+    """Options of `load`; `LLM` documents them.
+
+    Raises:
+        ConfigError: a value is of the wrong type or unknown.
+    """
 
     rules: str | Path | dict[str, Any] = "auto"
     max_model_len: int | None = None
@@ -32,6 +39,12 @@ class LoadOptions:
     seed: int = 0
     max_num_seqs: int = 1
     max_num_batched_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.kv_format not in CACHE_BYTES:
+            raise ConfigError(f"kv_format: expected {', '.join(CACHE_BYTES)}, found {self.kv_format!r}")
+        if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
+            raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,14 @@ def load(
     isa = select_isa(options.isa)
     num_threads = options.num_threads or env.get("HYBRID_THREADS")
     with GGUFFile.open(path) as file:
+        hparams = family_of(file).read_config(file)
+        config = engine_config(options, hparams.max_position_embeddings)
         tokenizer = Tokenizer.from_gguf(file)
-        config = engine_config(options, context_length(file))
+        tokenizer.check_embedding(hparams.vocab_size)
         placements = plan(file, options.rules)
+        check_memory(
+            placements.bytes_on("cpu"), cache_bytes(hparams, config, options.kv_format), available_memory()
+        )
         loaded = load_model(
             file,
             plan=placements,
@@ -75,7 +93,6 @@ def load(
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
-            tokenizer.check_embedding(loaded.config.vocab_size)
             engine = Engine(loaded, config, end_token_ids=tokenizer.stop_ids)
             template = chat_template(file, tokenizer)
             undo.pop_all()
@@ -90,14 +107,9 @@ def select_isa(name: str | None) -> str:
     """
     name = name or env.get("HYBRID_ISA")
     try:
-        return cpu.select_isa(name)
+        return str(cpu.select_isa(name))
     except ValueError as error:
         raise ConfigError(f"isa: {error}") from None
-
-
-def context_length(file: GGUFFile) -> int:
-    """Tokens the model was made for."""
-    return int(file.get(f"{file.architecture}.context_length", int))
 
 
 def engine_config(options: LoadOptions, limit: int) -> EngineConfig:
@@ -113,12 +125,39 @@ def engine_config(options: LoadOptions, limit: int) -> EngineConfig:
         max_num_batched_tokens=options.max_num_batched_tokens,
         seed=options.seed,
     )
-    if config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len (-c): expected at most the {limit} tokens the model was made for, "
-            f"found {config.max_model_len}"
-        )
+    check_context(config, limit)
     return config
+
+
+def cache_bytes(hparams: Any, config: EngineConfig, kv_format: KVFormat) -> int:
+    """Bytes of the cache of all requests that run at once."""
+    num_tokens = config.max_num_seqs * blocks_for(config.max_model_len) * BLOCK_SIZE
+    return int(num_tokens * hparams.num_layers * hparams.cache_width * CACHE_BYTES[kv_format])
+
+
+def check_memory(weight_bytes: int, kv_bytes: int, available: int | None) -> None:
+    """Refuse what cannot fit before anything is read.
+
+    Raises:
+        CapacityError: weights and cache need more than ``available`` bytes (``None``: not known).
+    """
+    if available is not None and weight_bytes + kv_bytes > available:
+        raise CapacityError(
+            f"the model does not fit in memory: weights {weight_bytes / 2**30:.2f} GiB + KV cache "
+            f"{kv_bytes / 2**30:.2f} GiB, available {available / 2**30:.2f} GiB. Take a smaller file or a "
+            "shorter context (max_model_len, -c)"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes the kernel would give without swapping; ``None`` where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    kilobytes = fields.get("MemAvailable", "").split()
+    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | HybridError:

@@ -1,0 +1,261 @@
+"""The generation API on the mock model, with letters as tokens."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hybrid.llm
+from hybrid.engine.load import LoadedModel
+from hybrid.errors import ContextLengthError, RequestError, TokenizerError
+from hybrid.llm import LLM
+from hybrid.sampling_params import SamplingParams
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUV."
+EOS = 49  # "." is left out of the text when it ends it
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+class LetterTokenizer:
+    stop_ids = frozenset({EOS})
+
+    def encode(self, text):
+        return [LETTERS.index(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(LETTERS[i] for i in ids)
+
+    def detokenizer(self, *, skip_special=False, prompt_ids=()):
+        return self
+
+    def push(self, token_id):
+        return LETTERS[token_id]
+
+    def flush(self):
+        return ""
+
+
+class NameTemplate:
+    """Renders a conversation as its contents, joined."""
+
+    def encode(self, messages, *, add_generation_prompt=True, shout=False):
+        text = " ".join(message["content"] for message in messages)
+        return LetterTokenizer().encode(text.upper() if shout else text)
+
+
+@pytest.fixture
+def make_llm(monkeypatch, make_engine):
+    def make(template=None, **options) -> LLM:
+        engine = make_engine(end_token_ids={EOS}, **options)
+        loaded = LoadedModel(
+            Path("mock.gguf"), engine, LetterTokenizer(), template or NameTemplate(), None, "scalar", 1
+        )
+        monkeypatch.setattr(hybrid.llm, "load", lambda *args: loaded)
+        return LLM("mock.gguf")
+
+    return make
+
+
+def engine_of(llm):
+    return llm._loaded.engine
+
+
+def text_of(outputs):
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_generate_takes_every_kind_of_prompt(make_llm):
+    llm = make_llm()
+    ids = LetterTokenizer().encode("hello")
+    expected = text_of(llm.generate("hello", GREEDY))
+    assert len(expected[0]) == 12
+    for prompt in (
+        ["hello"],
+        {"prompt": "hello"},
+        {"prompt_token_ids": ids},
+        [{"prompt_token_ids": np.array(ids)}],
+        ({"prompt_token_ids": tuple(ids)},),
+    ):
+        assert text_of(llm.generate(prompt, GREEDY)) == expected
+    outputs = llm.generate(["hello", {"prompt_token_ids": ids}], GREEDY)
+    assert [(output.prompt, output.prompt_token_ids) for output in outputs] == [("hello", ids), (None, ids)]
+    assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [""], None, 5, [1, 2], [None], {}, {"prompt": None}, {"prompt_token_ids": []},
+     {"prompt_token_ids": "abc"}, {"prompt_token_ids": 5}, {"prompt_token_ids": [50]}, {"text": "a"}],
+)  # fmt: skip
+def test_bad_prompts_are_refused(make_llm, prompt):
+    llm = make_llm()
+    with pytest.raises(RequestError):
+        llm.generate(prompt, GREEDY)
+    assert engine_of(llm).model.batches == []
+
+
+def test_one_bad_prompt_of_several_leaves_nothing_behind(make_llm):
+    llm = make_llm(max_model_len=10)
+    with pytest.raises(ContextLengthError):
+        llm.generate(["a", "b" * 10, "c"], GREEDY)
+    assert not engine_of(llm).has_unfinished_requests()
+    assert engine_of(llm).model.batches == []
+
+
+def test_params_for_each_prompt(make_llm):
+    llm = make_llm()
+    outputs = llm.generate(["a", "b"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)])
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 3]
+    for wrong in ([GREEDY], [GREEDY] * 3, {"temperature": 0}, [GREEDY, None, 3][1:]):
+        with pytest.raises(RequestError, match="sampling_params"):
+            llm.generate(["a", "b"], wrong)
+    assert not engine_of(llm).has_unfinished_requests()
+
+
+def test_a_stream_adds_up_to_the_result(make_llm):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    llm = make_llm()
+    (whole,) = llm.generate("hello", params)
+    deltas = list(llm.stream("hello", params))
+    completion = whole.outputs[0]
+    assert "".join(text_of(deltas)) == completion.text
+    assert [i for delta in deltas for i in delta.outputs[0].token_ids] == completion.token_ids
+    assert [e for delta in deltas for e in delta.outputs[0].logprobs] == completion.logprobs
+    assert deltas[0].prompt_logprobs == whole.prompt_logprobs
+    assert [delta.finished for delta in deltas] == [False] * 11 + [True]
+    assert deltas[-1].outputs[0].finish_reason == completion.finish_reason == "length"
+    chosen = [
+        entries[token_id] for token_id, entries in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+    assert completion.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in chosen))
+    assert "".join(entry.decoded_token for entry in chosen) == completion.text
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_ends_the_request(make_llm, include):
+    llm = make_llm()
+    free = text_of(llm.generate("hello", GREEDY))[0]
+    stop = free[4:6]
+    params = SamplingParams(temperature=0, stop=stop, include_stop_str_in_output=include)
+    (output,) = llm.generate("hello", params)
+    completion = output.outputs[0]
+    assert completion.text == free[: free.index(stop)] + (stop if include else "")
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert len(completion.token_ids) == free.index(stop) + 2
+    assert not engine_of(llm).has_unfinished_requests()
+
+
+def test_an_end_token_is_not_in_the_text(make_llm):
+    llm = make_llm()
+    params = SamplingParams(temperature=0, logit_bias={EOS: 100}, min_tokens=3)
+    (output,) = llm.generate("hello", params)
+    assert output.outputs[0].token_ids[-1] == EOS
+    assert len(output.outputs[0].text) == 3
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+
+
+def test_whole_vocabulary_logprobs_decode_when_read(make_llm):
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=-1, prompt_logprobs=-1)
+    (output,) = make_llm().generate("hello", params)
+    prompt = output.prompt_logprobs
+    assert len(prompt) == 5
+    assert prompt[0] is None
+    assert prompt.array.shape == (4, 50)
+    assert prompt[-1] == prompt[4]
+    assert [entry is None for entry in prompt[:2]] == [True, False]
+    with pytest.raises(IndexError):
+        prompt[5]
+    best = int(prompt.array[0].argmax())
+    assert (prompt[1][best].rank, prompt[1][best].decoded_token) == (1, LETTERS[best])
+    assert 50 not in prompt[1]
+    token_id = output.outputs[0].token_ids[1]
+    assert output.outputs[0].logprobs[1][token_id].rank == 1
+    assert np.exp(prompt.array).sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_streams_share_the_engine(make_llm):
+    llm = make_llm()
+    alone = [text_of(llm.generate(prompt, GREEDY))[0] for prompt in ("one", "two", "three")]
+    first, second = llm.stream("one", GREEDY), llm.stream("two", GREEDY)
+    texts = [next(first).outputs[0].text, next(second).outputs[0].text]
+    third = text_of(llm.generate("three", GREEDY))[0]
+    texts[0] += "".join(text_of(first))
+    texts[1] += "".join(text_of(second))
+    assert [*texts, third] == alone
+
+
+def test_leaving_a_stream_ends_its_request(make_llm):
+    llm = make_llm()
+    with llm.stream("one", SamplingParams()) as stream:
+        next(stream)
+    assert not engine_of(llm).has_unfinished_requests()
+    assert list(stream) == []
+    assert stream.result().outputs[0].finish_reason == "abort"
+    llm.stream("one", SamplingParams())  # never started
+    gc.collect()
+    assert not engine_of(llm).has_unfinished_requests()
+    assert len(text_of(llm.generate("hello", GREEDY))[0]) == 12
+
+
+def test_ctrl_c_leaves_the_engine_usable(make_llm):
+    llm = make_llm()
+    expected = text_of(llm.generate(["hello", "you"], GREEDY))
+    engine_of(llm).model.fail_at = len(engine_of(llm).model.batches) + 3
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["hello", "you"], GREEDY)
+    engine_of(llm).model.fail_at = None
+    assert not engine_of(llm).has_unfinished_requests()
+    assert text_of(llm.generate(["hello", "you"], GREEDY)) == expected
+
+
+def test_an_interrupted_stream_goes_on(make_llm):
+    llm = make_llm()
+    expected = text_of(llm.generate("hello", GREEDY))[0]
+    stream = llm.stream("hello", GREEDY)
+    text = next(stream).outputs[0].text
+    engine_of(llm).model.fail_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    engine_of(llm).model.fail_at = None
+    assert text + "".join(text_of(stream)) == expected
+
+
+def test_chat_renders_the_conversation(make_llm):
+    llm = make_llm()
+    conversation = [{"role": "user", "content": "hello"}]
+    expected = text_of(llm.generate("hello", GREEDY))
+    assert text_of(llm.chat(conversation, GREEDY)) == expected
+    assert text_of(llm.chat([conversation, conversation], GREEDY)) == expected * 2
+    assert "".join(text_of(llm.stream_chat(conversation, GREEDY))) == expected[0]
+    assert text_of(llm.chat(conversation, GREEDY, shout=True)) == text_of(llm.generate("HELLO", GREEDY))
+
+
+def test_a_model_without_a_template_generates_and_chat_says_why(make_llm):
+    llm = make_llm(template=TokenizerError("no chat template in the file"))
+    assert len(llm.generate("hello", GREEDY)) == 1
+    with pytest.raises(TokenizerError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "hello"}], GREEDY)
+
+
+def test_a_closed_llm_says_so(make_llm):
+    with make_llm() as llm:
+        stream = llm.stream("hello", GREEDY)
+        next(stream)
+    assert engine_of(llm).model.closed
+    llm.close()
+    for use in (
+        lambda: llm.generate("a"),
+        lambda: llm.chat([{"role": "user", "content": "a"}]),
+        lambda: llm.stream("a"),
+        lambda: next(stream),
+    ):
+        with pytest.raises(RequestError, match="closed"):
+            use()
+
+
+def test_nothing_is_printed(make_llm, capfd):
+    make_llm().generate("hello", GREEDY)
+    assert capfd.readouterr() == ("", "")
