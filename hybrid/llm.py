@@ -13,7 +13,7 @@ from hybrid.chat import ChatTemplate
 from hybrid.config import KVFormat
 from hybrid.engine.load import LoadOptions, load
 from hybrid.engine.requests import Request, Requests, TokenStream
-from hybrid.errors import HybridError, RequestError
+from hybrid.errors import RequestError
 from hybrid.outputs import RequestOutput
 from hybrid.placement.planner import Plan
 from hybrid.sampling_params import SamplingParams
@@ -73,15 +73,8 @@ class LLM:
 
     @property
     def chat_template(self) -> ChatTemplate:
-        """The model's chat template.
-
-        Raises:
-            TokenizerError: it has none, or one that cannot be used; the error says why.
-        """
-        template = self._loaded.chat_template
-        if isinstance(template, HybridError):
-            raise template
-        return template
+        """The model's chat template; its ``problem`` says why it cannot be used, if so."""
+        return self._loaded.chat_template
 
     @property
     def max_model_len(self) -> int:

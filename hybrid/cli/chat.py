@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.cli import arguments
 from hybrid.cli.run import print_stream, summary, write
-from hybrid.errors import RequestError
+from hybrid.errors import ContextLengthError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from hybrid.llm import LLM
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     params = arguments.sampling_params(args)
     with arguments.open_model(args, seed=args.seed) as llm:
-        _ = llm.chat_template  # fails before the first question is asked
+        if llm.chat_template.problem is not None:
+            raise TokenizerError(f"no chat with this model: {llm.chat_template.problem}")
         print(f"{llm.describe()}, seed {args.seed}; {COMMANDS}", file=sys.stderr, flush=True)
         return Conversation(llm, params, args.system).talk()
 
@@ -80,7 +81,8 @@ class Conversation:
         except RequestError as error:
             self.messages.pop()
             self._failed = True
-            print(f"{error}; /clear makes room", file=sys.stderr)
+            hint = "; /clear makes room" if isinstance(error, ContextLengthError) else ""
+            print(f"{error}{hint}", file=sys.stderr)
             return
         self.messages.append({"role": "assistant", "content": result.outputs[0].text})
         print(summary(result), file=sys.stderr)

@@ -12,7 +12,7 @@ from hybrid import env
 from hybrid.chat import ChatTemplate
 from hybrid.config import CACHE_BYTES, DEFAULT_MAX_MODEL_LEN, EngineConfig, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
-from hybrid.errors import CapacityError, ConfigError, HybridError
+from hybrid.errors import CapacityError, ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE
@@ -49,12 +49,12 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything that answers requests. ``chat_template`` is an error if there is no usable one."""
+    """Everything that answers requests."""
 
     path: Path
     engine: Engine
     tokenizer: Tokenizer
-    chat_template: ChatTemplate | HybridError
+    chat_template: ChatTemplate
     plan: Plan
     isa: str
     num_threads: int
@@ -94,7 +94,7 @@ def load(
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
             engine = Engine(loaded, config, end_token_ids=tokenizer.stop_ids)
-            template = chat_template(file, tokenizer)
+            template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(path, engine, tokenizer, template, placements, isa, loaded.num_threads)
 
@@ -158,11 +158,3 @@ def available_memory() -> int | None:
     fields = dict(line.split(":", 1) for line in lines)
     kilobytes = fields.get("MemAvailable", "").split()
     return int(kilobytes[0]) * 1024 if kilobytes else None
-
-
-def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | HybridError:
-    """The template in the file, or why it cannot be used: the model still writes text without."""
-    try:
-        return ChatTemplate.from_gguf(file.metadata, tokenizer)
-    except HybridError as error:
-        return error

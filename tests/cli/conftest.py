@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,11 +47,10 @@ class FakeStream:
 
 
 class FakeLLM:
-    chat_template = None
-
     def __init__(self):
         self.pieces = ["Hello", ", ", "wörld"]
         self.calls, self.streams, self.closed = [], [], False
+        self.chat_template = SimpleNamespace(problem=None)
         self.options = None
 
     def describe(self):

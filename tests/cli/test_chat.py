@@ -7,7 +7,6 @@ import io
 import pytest
 
 from hybrid.cli.main import main
-from hybrid.errors import TokenizerError
 
 
 @pytest.fixture
@@ -77,10 +76,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(talk, fake_llm):
 
 
 def test_a_model_without_a_template_says_why(talk, fake_llm, monkeypatch):
-    def no_template(self):
-        raise TokenizerError("no chat template in the file")
-
-    monkeypatch.setattr(type(fake_llm), "chat_template", property(no_template))
+    monkeypatch.setattr(fake_llm.chat_template, "problem", "the file has none")
     code, out, err = talk("one\n")
     assert (code, out) == (1, "")
-    assert err == "hybrid: no chat template in the file\n"
+    assert err == "hybrid: no chat with this model: the file has none\n"
