@@ -29,6 +29,12 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kNumIsas; ++i) names.emplace_back(isa_name(static_cast<Isa>(i)));
+  return names;
+}
+
 std::string joined(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -92,6 +98,9 @@ NB_MODULE(_cpu, m) {
   using namespace hybrid;
   m.doc() = "CPU kernels. Tensors come as addresses of contiguous memory; the callers keep them alive.";
   m.def("supported_isas", &supported_isas, "ISAs this host can run, the best last.");
+  m.def("isas", &isas, "Every ISA there are kernels for, the best last.");
+  m.def("isa_missing", [](const std::string& name) { return isa_missing(require_isa(name)); }, "name"_a,
+        "The CPU features of an ISA this host lacks; empty if it can run it. Raises ValueError.");
   m.def("select_isa", &select_isa, "name"_a.none(),
         "Sets the ISA of this process and returns its name; None: the best one. Raises ValueError.");
   m.def("current_isa", [] { return isa_name(current_isa()); });
