@@ -69,7 +69,7 @@ def _words() -> Iterator[tuple[str, str]]:
 
 def build_vocabulary(shape: VocabularyShape) -> Vocabulary:
     """Tokens, types and merges for a vocabulary of exactly ``shape.size`` tokens."""
-    special = {shape.bos_id: "<|bos|>", shape.eos_id: "<|eos|>"}
+    special = {shape.bos_id: "<|startoftext|>", shape.eos_id: "<|endoftext|>"}
     free = (i for i in range(max(special) + 1, shape.size))
     special |= {next(free): USER, next(free): ASSISTANT}
     tokens: list[str] = []

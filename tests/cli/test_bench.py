@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from hybrid.kernels import cpu
 
-from hybrid import bench
+from hybrid import bench, doctor
+from hybrid.cli.main import main
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.synth import resolve_shape, synthesise
 
 VOCAB, HIDDEN = 40, 8
 
@@ -143,3 +152,90 @@ def test_row_of_a_prompt_has_no_limit_yet() -> None:
     row = bench.make_row(bench.Workload(512, 0, 0), setup(), [10.0])
     assert row["limit_kind"] is row["limit_value"] is row["limit_fraction"] is None
     assert row["stddev_ts"] == 0
+
+
+# --- the command, on a small file of random weights ---
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
+    synthesise(path, resolve_shape("tiny"))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth_and_best_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(doctor, "_MEASURE_SECONDS", 0.02)
+    yield
+    cpu.select_isa(None)
+
+
+def command(capsys: pytest.CaptureFixture[str], tiny: Path, *argv: str) -> str:
+    assert main(["bench", "-m", str(tiny), "-p", "16", "-n", "4", "-r", "2", *argv]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_json_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(command(capsys, tiny, "-o", "json", "-d", "0,100", "-t", "1", "--isa", "scalar"))
+    assert [row["test"] for row in rows] == ["pp16", "tg4", "pp16 @ d100", "tg4 @ d100"]
+    for row in rows:
+        assert row.keys() >= ROW_FIELDS
+        assert row["isa"] == "scalar" and row["n_threads"] == 1 and row["numa"] == "none"
+        assert row["experts_per_token"] == 4 and len(row["placement_hash"]) == 8
+        assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2) and row["avg_ts"] > 0
+        assert row["model_size"] == sum(int(t.n_bytes) for t in gguf.GGUFReader(tiny).tensors)
+    decode = rows[1]
+    token_bytes = decode["active_bytes"] + decode["kv_bytes_per_token"] * 2.5
+    assert decode["limit_fraction"] == pytest.approx(token_bytes * decode["avg_ts"] / decode["limit_value"])
+    assert decode["active_bytes"] < decode["model_size"] and decode["limit_value"] > 1e8
+
+
+def test_table_is_llama_benchs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = command(capsys, tiny).splitlines()
+    header, rule, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:4])
+    assert header == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    assert all(set(cell) <= set("-:") for cell in rule)
+    assert [row[5] for row in rows] == ["pp16", "tg4"]
+    assert rows[0][:4] == ["deepseek2 10.8M Q4_K_M", "6.28 MiB", "10.81 M", "CPU"]
+    assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[6]) for row in rows)
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "placement" in lines[5] and lines[6].startswith("tg4: ") and "GB/s read bandwidth" in lines[6]
+
+
+def test_columns_that_differ_from_the_defaults_are_shown(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = command(capsys, tiny, "--isa", "scalar", "-ub", "8", "-ctk", "f32", "-n", "0")
+    header = [cell.strip() for cell in out.splitlines()[0].split("|")[1:-1]]
+    assert header == ["model", "size", "params", "backend", "threads", "isa", "ub", "ctk", "test", "t/s"]
+
+
+def test_csv_and_jsonl_hold_the_same_fields(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = list(csv.DictReader(io.StringIO(command(capsys, tiny, "-o", "csv"))))
+    lines = [json.loads(line) for line in command(capsys, tiny, "-o", "jsonl").splitlines()]
+    assert [row["test"] for row in table] == [row["test"] for row in lines] == ["pp16", "tg4"]
+    assert [list(row) for row in table] == [list(row) for row in lines]
+    assert len(json.loads(table[0]["samples_ts"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("-p", "5000"), 1, "takes 5000 tokens, and the model was made for 4096"),
+        (("-n", "0", "-p", "0"), 2, "no test to run"),
+        (("-p", "12x"), 2, "expected integers >= 0"),
+        (("-r", "0"), 2, "expected an integer >= 1"),
+        (("--isa", "sse9"), 2, "'sse9' is unknown"),
+        (("-m", "/nowhere.gguf"), 1, "/nowhere.gguf: cannot open"),
+    ],
+)
+def test_failures(
+    argv: tuple[str, ...], code: int, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "-m", str(tiny), *argv]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert captured.out == ""
