@@ -7,6 +7,7 @@ variable, the value and what is accepted. Each command-line flag ``--some-flag``
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,3 +149,9 @@ def get(name: str) -> Any:
         raise ConfigError(
             f"environment variable {name}={text!r} is invalid: expected {variable.accepts}"
         ) from None
+
+
+def unknown() -> dict[str, str | None]:
+    """Set ``HYBRID_*`` variables that nothing reads, each with the known name that is nearest."""
+    names = [name for name in os.environ if name.startswith("HYBRID_") and name not in VARIABLES]
+    return {name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1)), None) for name in names}

@@ -87,10 +87,8 @@ class LLM:
     def describe(self) -> str:
         """One line: what runs where, with which kernels, threads and context."""
         loaded = self._loaded
-        return (
-            f"{loaded.path.name}: {loaded.plan.one_line()}; ISA {loaded.isa}, {loaded.num_threads} threads, "
-            f"context {self.max_model_len}"
-        )
+        cpu = f"ISA {loaded.isa}, {loaded.num_threads} threads, " if loaded.num_threads else ""
+        return f"{loaded.path.name}: {loaded.plan.one_line()}; {cpu}context {self.max_model_len}"
 
     def generate(
         self,

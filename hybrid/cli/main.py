@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from hybrid import env
 from hybrid.cli import arguments
 from hybrid.errors import CapacityError, ConfigError, HybridError, RequestError
 
@@ -81,6 +82,7 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
         arguments.resolve(args)
         debug = args.debug
         logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        _warn_of_unknown_variables()
         code = int(module.run(args))
         sys.stdout.flush()
         return code
@@ -96,6 +98,12 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
             traceback.print_exc()
         print(f"hybrid: {_one_line(error)}", file=sys.stderr)
         return _exit_code(error)
+
+
+def _warn_of_unknown_variables() -> None:
+    for name, near in env.unknown().items():
+        hint = f"; did you mean {near}?" if near else ""
+        print(f"hybrid: warning: environment variable {name} means nothing here{hint}", file=sys.stderr)
 
 
 def _exit_code(error: Exception) -> int:

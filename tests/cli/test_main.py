@@ -147,6 +147,13 @@ def test_a_bad_variable_is_named(monkeypatch, capsys, command):
     assert main(["try", "--threads", "2"]) == 0
 
 
+def test_a_misspelt_variable_is_pointed_out(monkeypatch, capsys, command):
+    command.run = lambda args: 0
+    monkeypatch.setenv("HYBRID_THREDS", "2")
+    assert main(["try"]) == 0
+    assert "HYBRID_THREDS means nothing here; did you mean HYBRID_THREADS?" in capsys.readouterr().err
+
+
 def test_switches_have_variables(monkeypatch, command):
     seen = []
     command.add_arguments = lambda parser: arguments.flag(parser, "--ignore-eos")

@@ -1,0 +1,55 @@
+"""What is refused before a model is read."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hybrid.config import DEFAULT_MAX_MODEL_LEN, model_path
+from hybrid.engine.load import LoadOptions, available_memory, cache_bytes, check_memory, engine_config
+from hybrid.errors import CapacityError, ConfigError
+
+
+def test_the_context_is_what_is_asked_for_or_a_limited_default():
+    assert engine_config(LoadOptions(), 4096).max_model_len == 4096
+    assert engine_config(LoadOptions(), 163840).max_model_len == DEFAULT_MAX_MODEL_LEN
+    assert engine_config(LoadOptions(max_model_len=0), 163840).max_model_len == 163840
+    assert engine_config(LoadOptions(max_model_len=100), 4096).max_model_len == 100
+    with pytest.raises(ConfigError, match="at most the 4096"):
+        engine_config(LoadOptions(max_model_len=4097), 4096)
+    with pytest.raises(ConfigError, match="max_model_len"):
+        engine_config(LoadOptions(max_model_len=-1), 4096)
+
+
+@pytest.mark.parametrize("bad", [{"kv_format": "q8"}, {"num_threads": 0}, {"num_threads": True}])
+def test_bad_options_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        LoadOptions(**bad)
+
+
+def test_the_cache_is_counted_in_whole_blocks():
+    hparams = SimpleNamespace(num_layers=3, cache_width=576)
+    config = engine_config(LoadOptions(max_model_len=65, max_num_seqs=2), 4096)
+    assert cache_bytes(hparams, config, "f16") == 2 * 128 * 3 * 576 * 2
+    assert cache_bytes(hparams, config, "f32") == 2 * 128 * 3 * 576 * 4
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_sums():
+    gib = 2**30
+    check_memory(6 * gib, 2 * gib, 8 * gib)
+    check_memory(6 * gib, 2 * gib, None)
+    with pytest.raises(CapacityError, match=r"6\.00 GiB.*2\.00 GiB.*7\.50 GiB"):
+        check_memory(6 * gib, 2 * gib, int(7.5 * gib))
+
+
+def test_this_machine_says_what_it_has():
+    assert available_memory() > 2**28
+
+
+def test_names_of_models(tmp_path):
+    assert model_path(None) == model_path("demo")
+    assert model_path(str(tmp_path)) == tmp_path
+    for bad in (5, "", b"x"):
+        with pytest.raises(ConfigError, match="model"):
+            model_path(bad)
