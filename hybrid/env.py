@@ -74,9 +74,13 @@ _COUNT = "an integer >= 1"
 VARIABLES: dict[str, EnvVar] = {
     # Models and the machine.
     "HYBRID_MODEL": EnvVar(str, "a GGUF path, or demo", "model: a GGUF file, or demo"),
-    "HYBRID_RULES": EnvVar(str, "auto", "placement rules"),
-    "HYBRID_CTX_SIZE": EnvVar(integer(0), "an integer >= 0", "context tokens; 0 = the model's own"),
-    "HYBRID_KV_FORMAT": EnvVar(one_of("f32", "f16", "bf16"), "f32, f16 or bf16", "format of the KV cache"),
+    "HYBRID_RULES": EnvVar(str, "a YAML file, or auto", "placement rules: a YAML file, or auto"),
+    "HYBRID_CTX_SIZE": EnvVar(
+        integer(0), "an integer >= 0", "context tokens; 0 = the model's own (default: that, at most 8192)"
+    ),
+    "HYBRID_KV_FORMAT": EnvVar(
+        one_of("f32", "f16", "bf16"), "f32, f16 or bf16", "format of the KV cache: f32, f16 or bf16"
+    ),
     "HYBRID_THREADS": EnvVar(integer(1), _COUNT, "CPU worker threads (default: one for each physical core)"),
     "HYBRID_ISA": EnvVar(str, "a name `hybrid doctor` lists", "force the CPU kernel ISA"),
     # Generation.

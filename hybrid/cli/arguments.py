@@ -113,7 +113,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
     """Flags that `sampling_params` reads."""
     group = parser.add_argument_group("sampling")
-    flag(group, "-n", "--predict", "--n-predict", default=n_predict)
+    flag(group, "-n", "--predict", "--n-predict", default=n_predict, metavar="N")
     flag(group, "--temp", default=0.8)
     flag(group, "--top-k", default=40)
     flag(group, "--top-p", default=0.95)
