@@ -25,9 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Windows of the text that share nothing; the second half of each is scored, as llama-perplexity does."
         " First run with --save-logprobs FILE, then others with --kl-base FILE to compare with it."
     )
-    parser.add_argument(
-        "inputs", nargs="+", metavar="[MODEL] TEXT", help="model (or -m) and text file; - for stdin"
-    )
+    parser.usage = f"{parser.prog} [options] [MODEL] TEXT"
+    parser.add_argument("inputs", nargs="+", metavar="[MODEL] TEXT", help="model, or -m; text file, or -")
     arguments.add_model(parser)
     arguments.flag(parser, "--chunks")
     arguments.flag(parser, "--kl-base")

@@ -154,9 +154,6 @@ def test_row_of_a_prompt_has_no_limit_yet() -> None:
     assert row["stddev_ts"] == 0
 
 
-# --- the command, on a small file of random weights ---
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "tiny.gguf"

@@ -52,9 +52,7 @@ def text_tokens(count: int) -> list[int]:
 
 
 def last(estimates: Iterator[Estimate]) -> Estimate:
-    for estimate in estimates:  # noqa: B007
-        pass
-    return estimate
+    return list(estimates)[-1]
 
 
 def plain_log_probs(model: StubModel, windows: npt.NDArray[np.int32]) -> tuple[np.ndarray, np.ndarray]:
@@ -244,9 +242,6 @@ def test_full_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CapacityError, match="10 left"):
         LogprobWriter(tmp_path / "out", key)
     assert not list(tmp_path.iterdir())
-
-
-# --- the command, on a small file of random weights ---
 
 
 @pytest.fixture(scope="module")
