@@ -32,7 +32,7 @@ _NVIDIA_FIELDS = (
     "pcie.link.width.max",
 )
 _MIN_BANDWIDTH_BYTES = 256 << 20
-_MEASURE_SECONDS = 0.6
+_MEASURE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
