@@ -1,0 +1,153 @@
+from typing import TypedDict
+
+class KernelRow(TypedDict):
+    format: str
+    ggml_type: int
+    activation: str
+    isa: str
+    name: str
+    tile: int
+    block_cols: int
+    supported: bool
+
+class ThreadPool:
+    def __init__(self, num_threads: int, cpus: list[int] = ...) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+class PackedMatrix:
+    def __init__(self, ggml_type: int, batch: int, rows: int, cols: int) -> None: ...
+    @property
+    def ggml_type(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def pack_rows(
+        self, pool: ThreadPool, batch_index: int, row_start: int, num_rows: int, src: int
+    ) -> None: ...
+    def unpack_rows(self, batch_index: int, row_start: int, num_rows: int, dst: int) -> None: ...
+
+def supported_isas() -> list[str]: ...
+def select_isa(name: str | None) -> str: ...
+def current_isa() -> str: ...
+def cpu_features() -> dict[str, bool]: ...
+def kernel_rows() -> list[KernelRow]: ...
+def has_kernel(ggml_type: int, isa: str) -> bool: ...
+def physical_cores() -> list[int]: ...
+def linear(
+    pool: ThreadPool, matrix: PackedMatrix, x: int, num_tokens: int, x_stride: int, out: int, out_stride: int
+) -> None: ...
+def linear_batched(
+    pool: ThreadPool,
+    matrix: PackedMatrix,
+    x: int,
+    num_tokens: int,
+    x_token_stride: int,
+    x_batch_stride: int,
+    out: int,
+    out_token_stride: int,
+    out_batch_stride: int,
+) -> None: ...
+def linear_transposed_batched(
+    pool: ThreadPool,
+    matrix: PackedMatrix,
+    x: int,
+    num_tokens: int,
+    x_token_stride: int,
+    x_batch_stride: int,
+    out: int,
+    out_token_stride: int,
+    out_batch_stride: int,
+) -> None: ...
+def gather_rows(pool: ThreadPool, matrix: PackedMatrix, ids: int, num_tokens: int, out: int) -> None: ...
+def quantize_activations(x: int, cols: int, codes: int, scales: int, sums: int) -> None: ...
+def rms_norm(
+    pool: ThreadPool, x: int, num_tokens: int, dim: int, weight: int, eps: float, residual: int, out: int
+) -> None: ...
+def mla_append(
+    pool: ThreadPool,
+    q: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    kv: int,
+    kv_norm: int,
+    eps: float,
+    rope: int,
+    max_positions: int,
+    cache: int,
+    cache_format: str,
+    num_blocks: int,
+    latent_dim: int,
+    rope_dim: int,
+    positions: int,
+    slot_mapping: int,
+) -> None: ...
+def mla_attention(
+    pool: ThreadPool,
+    q: int,
+    q_latent: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    cache: int,
+    cache_format: str,
+    num_blocks: int,
+    latent_dim: int,
+    rope_dim: int,
+    num_sequences: int,
+    positions: int,
+    query_start: int,
+    seq_lens: int,
+    block_tables: int,
+    block_table_stride: int,
+    scale: float,
+    out: int,
+) -> None: ...
+def route(
+    pool: ThreadPool,
+    router: PackedMatrix,
+    x: int,
+    num_tokens: int,
+    bias: int,
+    scoring: str,
+    num_groups: int,
+    topk_groups: int,
+    k: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    topk_ids: int,
+    topk_weights: int,
+) -> None: ...
+def moe(
+    pool: ThreadPool,
+    gate: PackedMatrix,
+    up: PackedMatrix,
+    down: PackedMatrix,
+    x: int,
+    num_tokens: int,
+    topk_ids: int,
+    topk_weights: int,
+    k: int,
+    out: int,
+) -> None: ...
+def mlp(
+    pool: ThreadPool,
+    gate: PackedMatrix,
+    up: PackedMatrix,
+    down: PackedMatrix,
+    x: int,
+    num_tokens: int,
+    out: int,
+) -> None: ...
+def measure_read_bandwidth(pool: ThreadPool, bytes: int, seconds: float, num_threads: int = 0) -> float: ...
+def scratch_bytes() -> int: ...
+def release_scratch() -> None: ...
+def fill_scratch(byte: int) -> None: ...
