@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -74,9 +75,13 @@ def test_a_bad_isa_variable_is_named(run, monkeypatch):
     assert "avx1024" in err
 
 
-def test_chat_needs_a_template(tiny, monkeypatch, capfd):
-    assert main(["chat", "-m", str(tiny)]) == 1
-    assert "no chat with this model" in capfd.readouterr().err
+def test_chat_answers_lines_of_a_pipe(tiny, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/exit\nthree\n"))
+    assert main(["chat", "-m", str(tiny), "-n", "4", "--ignore-eos", "--system", "Be brief."]) == 0
+    captured = capfd.readouterr()
+    first, second = (line for line in captured.err.splitlines() if line.startswith("prompt "))
+    assert "generated 4 tokens" in first and "generated 4 tokens" in second
+    assert int(second.split()[1]) > int(first.split()[1]) + 4, "the first answer is not in the second prompt"
 
 
 @pytest.mark.timeout(120)
