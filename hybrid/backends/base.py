@@ -18,9 +18,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from hybrid.gguf import GGUFFile, TensorInfo
+from hybrid.gguf import GGMLType, GGUFFile, TensorInfo, dequantize
 from hybrid.kvcache.blocks import AttentionBatch
 
 CacheFormat = Literal["f32", "f16", "bf16"]
@@ -46,6 +48,13 @@ class TensorSource:
     def num_rows(self) -> int:
         """Rows taken from each matrix."""
         return (self.rows if self.row_stop is None else self.row_stop) - self.row_start
+
+    def dequantized(self) -> npt.NDArray[np.float32]:
+        """All rows, a new array ``[batch, rows, cols]``."""
+        data = np.empty(self.info.n_bytes, dtype=np.uint8)
+        self.file.read_into(self.info.name, data)
+        values = dequantize(data, self.info.type, (self.batch, self.rows, self.cols))
+        return values
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,14 @@ class Backend(ABC):
     # --- weights -------------------------------------------------------------------------------
 
     @abstractmethod
+    def can_multiply(self, type_: GGMLType) -> bool:
+        """Whether `load_matrix` takes weights of this format."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The device and what decides about its kernels, for messages: "cpu (avx2)"."""
+
+    @abstractmethod
     def load_vector(self, source: TensorSource) -> torch.Tensor:
         """A norm weight or bias as float32 ``[cols]``."""
 
@@ -80,6 +97,7 @@ class Backend(ABC):
     def load_matrix(self, source: TensorSource) -> Any:
         """A weight for `linear`, `embed`, `absorb_q`, `project_v`, or one of the three of `moe`."""
 
+    @abstractmethod
     def loading_done(self) -> None:
         """Called once after the last weight: staging memory can go."""
 
@@ -140,11 +158,11 @@ class Backend(ABC):
 
     @abstractmethod
     def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
-        """``q`` ``[T, heads, nope + rope_dim]`` -> ``[T, heads, kv_lora_rank]``: ``q_nope`` times the key half
-        of ``kv_b``.
+        """``q`` ``[T, heads, nope + rope_dim]`` -> ``[T, heads, kv_lora_rank]``: its first ``nope_dim``
+        columns times the key half of ``kv_b``.
 
-        ``transposed``: ``k_b`` is ``[heads, nope, kv_lora_rank]`` (rows of ``attn_kv_b``, a transposed product);
-        otherwise ``[heads, kv_lora_rank, nope]`` (``attn_k_b``).
+        ``transposed``: ``k_b`` is ``[heads, nope, kv_lora_rank]`` (rows of ``attn_kv_b``, a transposed
+        product); otherwise ``[heads, kv_lora_rank, nope]`` (``attn_k_b``).
         """
 
     @abstractmethod
@@ -159,7 +177,7 @@ class Backend(ABC):
 
     @abstractmethod
     def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
-        """``[T, heads, kv_lora_rank]`` times ``v_b`` ``[heads, v_dim, kv_lora_rank]`` -> ``[T, heads * v_dim]``."""
+        """``[T, heads, kv_lora_rank] -> [T, heads * v_dim]``; ``v_b`` is ``[heads, v_dim, kv_lora_rank]``."""
 
     @abstractmethod
     def route(

@@ -12,18 +12,24 @@ from typing import Any
 import torch
 
 from hybrid.backends.base import Backend, CacheFormat, RouterConfig, TensorSource
-from hybrid.errors import ConfigError, ModelError
-from hybrid.gguf import TRAITS, dequantize
+from hybrid.errors import ConfigError
+from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
 _STAGING_BYTES = 64 << 20
 _GROUP_ROWS = 16
+_HOST = torch.device("cpu")
 _CACHE_DTYPES: dict[CacheFormat, torch.dtype] = {
     "f32": torch.float32,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
 }
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    # Kernels write float32 here whatever torch's default dtype and device are.
+    return torch.empty(shape, dtype=torch.float32, device=_HOST)
 
 
 @dataclass(frozen=True)
@@ -43,38 +49,39 @@ class LatentCache:
 
 
 class CpuBackend(Backend):
-    """``num_threads`` workers on physical cores; ``None`` takes all of them."""
+    """``num_threads`` workers on a physical core each; ``None`` takes all cores. More workers than cores are
+    left to the operating system to place."""
 
     name = "cpu"
-    device = torch.device("cpu")
+    device = _HOST
 
     def __init__(self, num_threads: int | None = None) -> None:
         cores = cpu.physical_cores()
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
         self.num_threads = num_threads or len(cores)
-        self.pool = cpu.ThreadPool(self.num_threads, cores[: self.num_threads])
+        enough = self.num_threads <= len(cores)
+        self.pool = cpu.ThreadPool(self.num_threads, cores[: self.num_threads] if enough else [])
         self._staging: torch.Tensor | None = None
 
     # --- weights -------------------------------------------------------------------------------
 
+    def can_multiply(self, type_: GGMLType) -> bool:
+        return bool(cpu.has_kernel(int(type_), cpu.current_isa()))
+
+    def describe(self) -> str:
+        return f"cpu ({cpu.current_isa()})"
+
     def load_vector(self, source: TensorSource) -> torch.Tensor:
-        return torch.from_numpy(
-            dequantize(source.file.data(source.info.name), source.info.type, (source.cols,))
-        )
+        return torch.from_numpy(source.dequantized().reshape(source.cols))
 
     def load_matrix(self, source: TensorSource) -> Any:
         info = source.info
-        if not cpu.has_kernel(int(info.type), cpu.current_isa()):
-            raise ModelError(
-                f"{source.file.path}: tensor {info.name!r} is {TRAITS[info.type].name}, "
-                f"and the CPU has no {cpu.current_isa()} kernel for that format"
-            )
         matrix = cpu.PackedMatrix(int(info.type), source.batch, source.num_rows, source.cols)
         row_bytes = info.row_bytes
         step = max(_GROUP_ROWS, _STAGING_BYTES // row_bytes // _GROUP_ROWS * _GROUP_ROWS)
         staging = self._staging_buffer(min(step, source.num_rows) * row_bytes)
-        view = memoryview(staging.numpy())
+        view = staging.numpy()
         for index in range(source.batch):
             for row in range(0, source.num_rows, step):
                 count = min(step, source.num_rows - row)
@@ -85,7 +92,7 @@ class CpuBackend(Backend):
 
     def _staging_buffer(self, n_bytes: int) -> torch.Tensor:
         if self._staging is None or self._staging.numel() < n_bytes:
-            self._staging = torch.empty(n_bytes, dtype=torch.uint8)
+            self._staging = torch.empty(n_bytes, dtype=torch.uint8, device=_HOST)
         return self._staging
 
     def loading_done(self) -> None:
@@ -97,7 +104,7 @@ class CpuBackend(Backend):
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
         shape = (num_blocks * BLOCK_SIZE, latent_dim + rope_dim)
         return LatentCache(
-            torch.zeros(shape, dtype=_CACHE_DTYPES[fmt]), fmt, num_blocks, latent_dim, rope_dim
+            torch.zeros(shape, dtype=_CACHE_DTYPES[fmt], device=_HOST), fmt, num_blocks, latent_dim, rope_dim
         )
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,14 +116,14 @@ class CpuBackend(Backend):
     # --- operations ----------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
-        out = torch.empty(token_ids.shape[0], table.cols)
+        out = _empty(token_ids.shape[0], table.cols)
         cpu.gather_rows(self.pool, table, token_ids.data_ptr(), token_ids.shape[0], out.data_ptr())
         return out
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        out = torch.empty_like(x)
+        out = _empty(x.shape[0], x.shape[1])
         add_to = 0 if residual is None else residual.data_ptr()
         cpu.rms_norm(
             self.pool, x.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, add_to, out.data_ptr()
@@ -125,7 +132,7 @@ class CpuBackend(Backend):
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         rows: int = weight.rows
-        out = torch.empty(x.shape[0], rows)
+        out = _empty(x.shape[0], rows)
         cpu.linear(self.pool, weight, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), rows)
         return out
 
@@ -149,7 +156,7 @@ class CpuBackend(Backend):
     def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
         latent: int = k_b.cols if transposed else k_b.rows
-        out = torch.empty(tokens, heads, latent)
+        out = _empty(tokens, heads, latent)
         product = cpu.linear_transposed_batched if transposed else cpu.linear_batched
         product(
             self.pool,
@@ -168,7 +175,7 @@ class CpuBackend(Backend):
         self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
     ) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
-        out = torch.empty_like(q_latent)
+        out = _empty(tokens, heads, q_latent.shape[2])
         cpu.mla_attention(
             self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, *cache.shape_arguments,
             batch.seq_lens.shape[0], batch.positions.data_ptr(), batch.query_start.data_ptr(),
@@ -180,7 +187,7 @@ class CpuBackend(Backend):
     def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
         tokens, heads, latent = context.shape
         v_dim: int = v_b.rows
-        out = torch.empty(tokens, heads * v_dim)
+        out = _empty(tokens, heads * v_dim)
         cpu.linear_batched(
             self.pool,
             v_b,
@@ -197,12 +204,12 @@ class CpuBackend(Backend):
     def route(
         self, x: torch.Tensor, router: Any, bias: torch.Tensor | None, config: RouterConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.empty(x.shape[0], config.num_experts_per_tok, dtype=torch.int32)
-        weights = torch.empty(x.shape[0], config.num_experts_per_tok)
+        ids = torch.empty(x.shape[0], config.num_experts_per_tok, dtype=torch.int32, device=_HOST)
+        weights = _empty(x.shape[0], config.num_experts_per_tok)
         cpu.route(
-            self.pool, router, x.data_ptr(), x.shape[0], 0 if bias is None else bias.data_ptr(), config.scoring,
-            config.num_groups, config.topk_groups, config.num_experts_per_tok, config.norm_topk_prob,
-            config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
+            self.pool, router, x.data_ptr(), x.shape[0], 0 if bias is None else bias.data_ptr(),
+            config.scoring, config.num_groups, config.topk_groups, config.num_experts_per_tok,
+            config.norm_topk_prob, config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         return ids, weights
 
@@ -215,7 +222,7 @@ class CpuBackend(Backend):
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        out = torch.empty(x.shape[0], down.rows)
+        out = _empty(x.shape[0], down.rows)
         cpu.moe(
             self.pool, gate, up, down, x.data_ptr(), x.shape[0], topk_ids.data_ptr(), topk_weights.data_ptr(),
             topk_ids.shape[1], out.data_ptr(),
@@ -223,6 +230,6 @@ class CpuBackend(Backend):
         return out
 
     def mlp(self, x: torch.Tensor, gate: Any, up: Any, down: Any) -> torch.Tensor:
-        out = torch.empty(x.shape[0], down.rows)
+        out = _empty(x.shape[0], down.rows)
         cpu.mlp(self.pool, gate, up, down, x.data_ptr(), x.shape[0], out.data_ptr())
         return out

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hybrid.backends.base import Backend, CacheFormat, RouterConfig, TensorSource
-from hybrid.gguf import GGMLType, dequantize
+from hybrid.gguf import DEQUANTIZABLE, GGMLType
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
 _FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
@@ -32,7 +32,7 @@ class FloatMatrix:
 def round_to_q8(x: torch.Tensor) -> torch.Tensor:
     """``x`` as int8 codes with one scale for every 256 columns of a row would hold it."""
     pieces = []
-    for block in x.split(256, dim=-1):
+    for block in torch.split(x, 256, dim=-1):
         scale = block.abs().amax(dim=-1, keepdim=True) / 127
         pieces.append(torch.where(scale > 0, torch.round(block / scale) * scale, block))
     return torch.cat(pieces, dim=-1)
@@ -51,16 +51,22 @@ class FakeBackend(Backend):
 
     # --- weights -------------------------------------------------------------------------------
 
+    def can_multiply(self, type_: GGMLType) -> bool:
+        return type_ in DEQUANTIZABLE
+
+    def describe(self) -> str:
+        return self.name
+
     def load_vector(self, source: TensorSource) -> torch.Tensor:
-        return torch.from_numpy(
-            dequantize(source.file.data(source.info.name), source.info.type, (source.cols,))
-        )
+        return torch.from_numpy(source.dequantized().reshape(source.cols))
 
     def load_matrix(self, source: TensorSource) -> Any:
-        shape = (source.batch, source.rows, source.cols)
-        values = dequantize(source.file.data(source.info.name), source.info.type, shape)
+        values = source.dequantized()
         taken = values[:, source.row_start : source.row_start + source.num_rows].copy()
         return FloatMatrix(torch.from_numpy(taken), source.info.type not in _FLOAT_TYPES)
+
+    def loading_done(self) -> None:
+        """Nothing is staged."""
 
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.values.nbytes)
@@ -72,12 +78,13 @@ class FakeBackend(Backend):
         return x.to(self.device)
 
     def close(self) -> None:
-        pass
+        """Nothing is held but tensors."""
 
     # --- operations ----------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
-        return table.values[0][token_ids.long()]
+        rows: torch.Tensor = table.values[0][token_ids.long()]
+        return rows
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -88,7 +95,8 @@ class FakeBackend(Backend):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        return self._input(x, weight) @ weight.values[0].T
+        out: torch.Tensor = self._input(x, weight) @ weight.values[0].T
+        return out
 
     def mla_append(
         self,
@@ -161,7 +169,7 @@ class FakeBackend(Backend):
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
         out = torch.zeros(x.shape[0], down.values.shape[1])
-        for expert in topk_ids.unique().tolist():
+        for expert in sorted({*topk_ids.flatten().tolist()}):
             if expert < 0:
                 continue
             tokens, slots = torch.where(topk_ids == expert)
@@ -176,7 +184,8 @@ class FakeBackend(Backend):
         hidden = F.silu(self._input(x, gate) @ gate.values[expert].T) * (
             self._input(x, up) @ up.values[expert].T
         )
-        return self._input(hidden, down) @ down.values[expert].T
+        out: torch.Tensor = self._input(hidden, down) @ down.values[expert].T
+        return out
 
 
 def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

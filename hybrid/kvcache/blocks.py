@@ -18,7 +18,7 @@ class AttentionBatch:
     Attributes:
         positions: ``[T]`` position of each token in its sequence.
         slot_mapping: ``[T]`` cache slot each new token is written to (block id * BLOCK_SIZE + offset).
-        query_start: ``[S + 1]`` prefix sums: tokens of sequence ``s`` are ``query_start[s]:query_start[s+1]``.
+        query_start: ``[S + 1]`` prefix sums; sequence ``s`` has tokens ``query_start[s]:query_start[s+1]``.
         seq_lens: ``[S]`` tokens in the cache after this step (cached + new).
         block_tables: ``[S, max_blocks]`` block ids of each sequence, in order; unused entries are -1.
     """
@@ -28,6 +28,15 @@ class AttentionBatch:
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
+
+    def __post_init__(self) -> None:
+        # Kernels take addresses: another type or a gap between numbers would be read as garbage.
+        for name in ("positions", "slot_mapping", "query_start", "seq_lens"):
+            tensor = getattr(self, name)
+            if tensor.dtype is not torch.int32 or not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous int32 tensor, found {tensor.dtype}")
+        if self.block_tables.dtype is not torch.int32 or self.block_tables.stride(1) != 1:
+            raise ValueError("block_tables: expected int32 with contiguous rows")
 
     @property
     def num_tokens(self) -> int:

@@ -22,13 +22,11 @@ class YarnConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     log_multiplier: float = 0.0
-    attn_factor: float = 1.0
 
     @property
     def magnitude(self) -> float:
         """What cosines and sines are multiplied by."""
-        plain = 1.0 if self.log_multiplier else 0.1 * math.log(self.factor) + 1.0
-        return plain * self.attn_factor
+        return 1.0 if self.log_multiplier else 0.1 * math.log(self.factor) + 1.0
 
     @property
     def softmax_scale(self) -> float:

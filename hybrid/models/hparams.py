@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 from hybrid.errors import ModelError
 from hybrid.gguf import GGUFFile
@@ -15,7 +17,11 @@ _REQUIRED: Any = object()
 
 
 class HParams:
-    """The ``<architecture>.*`` metadata of a file."""
+    """The ``<architecture>.*`` metadata of a file.
+
+    A key that is missing takes its entry of the compatibility table, then its default, and otherwise raises
+    `GGUFError`, as a value of the wrong type does. Impossible values raise `ModelError`.
+    """
 
     def __init__(self, file: GGUFFile) -> None:
         self.file, self.prefix = file, file.architecture + "."
@@ -26,19 +32,45 @@ class HParams:
             self.fail(name, f"from {low} to {high}", value)
         return value
 
-    def number(self, name: str, *, default: float = _REQUIRED, low: float = 0.0, high: float = 1e12) -> float:
-        """A finite number, above ``low``."""
+    def number(
+        self,
+        name: str,
+        *,
+        default: float = _REQUIRED,
+        above: float = 0.0,
+        least: float | None = None,
+        high: float = 1e12,
+    ) -> float:
+        """A finite number, larger than ``above`` (or at least ``least``), at most ``high``."""
         value: float = self._read(name, float, default)
-        if not math.isfinite(value) or not low < value <= high:
-            self.fail(name, f"a finite number above {low:g}, at most {high:g}", value)
+        large_enough = value > above if least is None else value >= least
+        if not (math.isfinite(value) and large_enough and value <= high):
+            bound = f"above {above:g}" if least is None else f"of at least {least:g}"
+            self.fail(name, f"a finite number {bound}, at most {high:g}", value)
         return value
 
     def flag(self, name: str, *, default: bool = _REQUIRED) -> bool:
         value: bool = self._read(name, bool, default)
         return value
 
+    def word(self, name: str, allowed: tuple[str, ...], *, default: str = _REQUIRED) -> str:
+        value: str = self._read(name, str, default)
+        if value not in allowed:
+            self.fail(name, " or ".join(repr(word) for word in allowed), repr(value))
+        return value
+
+    def only(self, name: str, supported: float) -> None:
+        """Refuses any value but the one that this build can compute with; the key may be missing."""
+        found = self._read(name, float, supported)
+        if found != supported:
+            self.fail(name, f"{supported:g}, all that this build supports", found)
+
     def has(self, name: str) -> bool:
         return self.prefix + name in self.file.metadata
+
+    def fail(self, name: str, expected: str, found: object) -> NoReturn:
+        """Raises ModelError for a value that no model of the family has."""
+        raise ModelError(f"{self.file.path}: {self.prefix}{name}: expected {expected}, found {found}")
 
     def _read(self, name: str, kind: type, default: Any) -> Any:
         key = self.prefix + name
@@ -49,8 +81,16 @@ class HParams:
                 return replacement.value
             if default is not _REQUIRED:
                 return default
+        value = self.file.metadata.get(key)
+        if isinstance(value, np.ndarray) and value.dtype.kind in {int: "iu", float: "f"}.get(kind, ""):
+            return kind(self._same_in_every_layer(name, value))
         return self.file.get(key, kind)
 
-    def fail(self, name: str, expected: str, found: object) -> None:
-        """Raises ModelError for a value that no model of the family has."""
-        raise ModelError(f"{self.file.path}: {self.prefix}{name}: expected {expected}, found {found}")
+    def _same_in_every_layer(self, name: str, values: np.ndarray[Any, Any]) -> Any:
+        num_blocks = self.file.get(self.prefix + "block_count", int)
+        if len(values) != num_blocks:
+            self.fail(name, f"one value, or one for each of the {num_blocks} blocks", f"{len(values)} values")
+        if (values != values[0]).any():
+            distinct = ", ".join(str(value) for value in np.unique(values)[:5])
+            self.fail(name, "the same value for all blocks, all that this build supports", distinct)
+        return values[0]

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from hybrid.backends.base import CacheFormat
+from hybrid.backends.base import Backend, CacheFormat
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.registry import family_of
-from hybrid.models.weights import Progress, WeightLoader
+from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.placement.plan import Plan
 
 _CACHE_BYTES: dict[CacheFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
@@ -26,15 +26,17 @@ class Model:
         num_threads: CPU workers, the calling thread among them; 0 where no tensor is on the CPU.
     """
 
-    def __init__(self, network: Any, weights: WeightLoader, kv_format: CacheFormat) -> None:
+    def __init__(
+        self, network: Any, plan: Plan, backends: dict[str, Backend], kv_format: CacheFormat
+    ) -> None:
         self.config = network.config
-        self.plan: Plan = weights.plan
+        self.plan = plan
         self.kv_format = kv_format
-        self._network, self._weights = network, weights
+        self._network, self._backends = network, backends
 
     @property
     def num_threads(self) -> int:
-        return getattr(self._weights.backends.get("cpu"), "num_threads", 0)
+        return getattr(self._backends.get("cpu"), "num_threads", 0)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -47,6 +49,8 @@ class Model:
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
+        if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
+            raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
         hidden_states: torch.Tensor = self._network.forward(token_ids, batch)
         return hidden_states
 
@@ -58,7 +62,7 @@ class Model:
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""
         self._network = None
-        self._weights.close()
+        close_backends(self._backends)
 
 
 def load_model(
@@ -72,13 +76,16 @@ def load_model(
 ) -> Model:
     """Loads every tensor to the device the plan says, in the format it has.
 
+    The whole file is checked against its hyper-parameters before the first weight is read.
+
     Args:
         file: an open model file; may be closed afterwards.
         plan: from `hybrid.placement.planner.plan`.
         max_model_len: positions to prepare for.
         num_threads: CPU workers; ``None`` takes all physical cores.
         kv_format: how the cache holds its numbers.
-        progress: called with the bytes loaded and the bytes in all.
+        progress: called after each tensor with the bytes loaded and the bytes in all. What it raises ends
+            the loading and leaves nothing behind.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
@@ -86,11 +93,15 @@ def load_model(
     """
     family = family_of(file)
     config = family.read_config(file)
-    weights = WeightLoader(file, plan, num_threads, progress)
+    backends = create_backends(plan.devices, num_threads)
     try:
-        network = family.load(config, weights, max_model_len)
-        weights.finish(config.num_layers)
+        check = WeightCheck(file, plan, backends)
+        family.load(config, check, 1)
+        check.finish(config.num_layers)
+        network = family.load(config, WeightLoader(file, plan, backends, check.used, progress), max_model_len)
+        for backend in backends.values():
+            backend.loading_done()
     except BaseException:
-        weights.close()
+        close_backends(backends)
         raise
-    return Model(network, weights, kv_format)
+    return Model(network, plan, backends, kv_format)

@@ -23,33 +23,17 @@ FAMILIES: dict[str, Family] = {
     "deepseek2": Family(deepseek2.read_config, deepseek2.load),
 }
 
-_NOT_MODELS = {
-    "clip": "an image encoder (mmproj) that goes with a language model",
-    "imatrix": "an importance matrix, used when a model is quantised",
-}
-
 
 def family_of(file: GGUFFile) -> Family:
     """The family of a model file.
 
     Raises:
-        GGUFError: the file names no architecture.
-        ModelError: it is not a language model, or of an architecture this build cannot run.
+        GGUFError: the file names no architecture, or is no language model.
+        ModelError: this build cannot run its architecture.
     """
-    kind = file.get("general.type", str, default="model")
+    file.require_model()
     name = file.architecture
-    if kind in ("adapter", "imatrix", "mmproj", "vocab"):
-        raise ModelError(
-            f"{file.path}: this is no model but a file of type {kind!r}; give the model's own file"
-        )
-    if name in _NOT_MODELS:
-        raise ModelError(f"{file.path}: this is {_NOT_MODELS[name]}; give the model's own file")
     if name not in FAMILIES:
-        raise ModelError(
-            f"{file.path}: architecture {name!r} is not supported; this build runs {', '.join(sorted(FAMILIES))}"
-        )
-    if not file.tensors:
-        raise ModelError(
-            f"{file.path}: the file has no tensors (a vocabulary alone?); give the model's own file"
-        )
+        supported = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"{file.path}: architecture {name!r} is not supported; this build runs {supported}")
     return FAMILIES[name]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import prod
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from hybrid.backends.base import Backend, TensorSource
 from hybrid.backends.registry import create_backend
 from hybrid.errors import ModelError, PlacementError
-from hybrid.gguf import GGUFFile, TensorInfo
+from hybrid.gguf import DEQUANTIZABLE, TRAITS, GGUFFile, TensorInfo
 from hybrid.log import get_logger
 from hybrid.placement.plan import Plan
 from hybrid.placement.roles import layer_of, role_of
@@ -20,38 +20,41 @@ logger = get_logger(__name__)
 Progress = Callable[[int, int], None]
 
 
-class WeightLoader:
-    """Loads tensors by name to the backends of a plan and proves in the end that all were used.
+class Weights(ABC):
+    """What a family builds its layers from: weights by tensor name, on the backend the plan says.
 
-    Attributes:
-        backends: the backends in use, by device.
+    Every tensor asked for must exist and have the shape given; what the hyper-parameters imply is
+    proven here. `WeightCheck` only proves it, `WeightLoader` reads the data too.
     """
 
-    def __init__(
-        self, file: GGUFFile, plan: Plan, num_threads: int | None = None, progress: Progress | None = None
-    ) -> None:
-        self.file, self.plan = file, plan
-        self.backends: dict[str, Backend] = {}
-        self._num_threads, self._progress = num_threads, progress
-        self._loaded: set[str] = set()
-        self._done_bytes, self._total_bytes = 0, sum(info.n_bytes for info in file.tensors.values())
+    def __init__(self, file: GGUFFile, plan: Plan, backends: dict[str, Backend]) -> None:
+        self.file, self.plan, self.backends = file, plan, backends
+        self.used: set[str] = set()
+
+    @abstractmethod
+    def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _matrix(self, backend: Backend, source: TensorSource) -> Any: ...
 
     def backend_of(self, *names: str) -> Backend:
-        """The one backend of tensors that are used together.
+        """The one backend of tensors that are used together; all of them must exist.
 
         Raises:
+            ModelError: the file lacks one of them.
             PlacementError: they are on different devices.
         """
-        devices = {self.plan.placements[name].device: name for name in names}
+        placements = {self.require(name).name: self.plan.placements[name] for name in names}
+        devices = {placement.device: name for name, placement in placements.items()}
         if len(devices) > 1:
             where = ", ".join(
-                f"{name} on {device} (by {self.plan.placements[name].rule})"
-                for device, name in devices.items()
+                f"{name} on {device} (by {placements[name].rule})" for device, name in devices.items()
             )
-            raise PlacementError(f"tensors that are computed together are on different devices: {where}")
+            raise PlacementError(
+                f"tensors that are computed together are on different devices: {where}. "
+                "Place them by role, or all of these by one rule."
+            )
         (device,) = devices
-        if device not in self.backends:
-            self.backends[device] = create_backend(device, self._num_threads)
         return self.backends[device]
 
     def has(self, name: str) -> bool:
@@ -67,82 +70,165 @@ class WeightLoader:
         if info is None:
             raise ModelError(
                 f"{self.file.path}: tensor {name!r} is missing. "
-                "The download is of another variant, or a shard was left out."
-            )
-        return info
-
-    def info(self, name: str, *shape: int) -> TensorInfo:
-        """The entry of a tensor that must exist with this many elements in rows of this length.
-
-        Raises:
-            ModelError: it is missing, or its shape is not what the hyper-parameters say.
-        """
-        info = self.require(name)
-        if info.n_elements != prod(shape) or info.shape[-1] != shape[-1] or len(info.shape) > len(shape):
-            raise ModelError(
-                f"{self.file.path}: tensor {name!r} has the wrong shape: "
-                f"expected {shape} by the hyper-parameters, found {info.shape}"
+                "The file is of another variant, or was made without it; convert the model again."
             )
         return info
 
     def vector(self, backend: Backend, name: str, size: int) -> torch.Tensor:
-        info = self.info(name, size)
-        vector = backend.load_vector(TensorSource(self.file, info, 1, 1, size))
-        self._used(info)
-        return vector
+        """A norm weight or bias, float32 ``[size]``."""
+        info = self._checked(name, (size,))
+        return self._vector(backend, TensorSource(self.file, info, 1, 1, size))
 
     def matrix(self, backend: Backend, name: str, rows: int, cols: int) -> Any:
-        info = self.info(name, rows, cols)
-        weight = backend.load_matrix(TensorSource(self.file, info, 1, rows, cols))
-        self._used(info)
-        return weight
+        """A weight ``[rows, cols]``."""
+        info = self._checked(name, (rows, cols))
+        return self._matrix(backend, TensorSource(self.file, info, 1, rows, cols))
 
     def stack(
         self, backend: Backend, name: str, batch: int, rows: int, cols: int, part: slice | None = None
     ) -> Any:
-        """A stack of matrices, or rows ``part`` of each of them; a 2-D tensor of all their rows will do."""
-        info = self.info(name, batch, rows, cols)
-        start, stop = (part.start, part.stop) if part is not None else (0, rows)
-        weight = backend.load_matrix(TensorSource(self.file, info, batch, rows, cols, start, stop))
-        self._used(info)
-        return weight
+        """A stack of matrices, or rows ``part`` of each of them."""
+        info = self._checked(name, (batch, rows, cols))
+        return self._matrix(backend, self._source(info, batch, rows, cols, part))
+
+    def heads(
+        self, backend: Backend, name: str, heads: int, rows: int, cols: int, part: slice | None = None
+    ) -> Any:
+        """As `stack`, of a tensor that may also be stored with all rows in one matrix."""
+        info = self.require(name)
+        shape = (heads * rows, cols) if len(info.shape) == 2 else (heads, rows, cols)
+        return self._matrix(backend, self._source(self._checked(name, shape), heads, rows, cols, part))
 
     def ignore(self, name: str, reason: str) -> None:
         """Counts a tensor as dealt with although nothing is loaded."""
-        logger.info("%s: tensor %s is not used: %s", self.file.path.name, name, reason)
-        self._used(self.file.tensors[name])
+        logger.debug("%s: tensor %s is not used: %s", self.file.path.name, name, reason)
+        self.used.add(name)
 
-    def _used(self, info: TensorInfo) -> None:
-        if info.name not in self._loaded:
-            self._loaded.add(info.name)
-            self._done_bytes += info.n_bytes
-            if self._progress is not None:
-                self._progress(self._done_bytes, self._total_bytes)
+    def _source(self, info: TensorInfo, batch: int, rows: int, cols: int, part: slice | None) -> TensorSource:
+        start, stop = (0, rows) if part is None else (part.start, part.stop)
+        return TensorSource(self.file, info, batch, rows, cols, start, stop)
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self.require(name)
+        if info.shape != shape:
+            raise ModelError(
+                f"{self.file.path}: tensor {name!r} has the wrong shape: "
+                f"expected {shape} by the hyper-parameters, found {info.shape}"
+            )
+        self.used.add(name)
+        return info
+
+
+class WeightCheck(Weights):
+    """Proves that a file holds a whole model that the plan's devices can run, without reading any weights.
+
+    Handles are placeholders. Formats without a kernel are collected, so that one error names all.
+    """
+
+    def __init__(self, file: GGUFFile, plan: Plan, backends: dict[str, Backend]) -> None:
+        super().__init__(file, plan, backends)
+        self._refused: dict[tuple[str, str], list[str]] = {}
+
+    def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
+        if source.info.type not in DEQUANTIZABLE:
+            self._refuse(backend, source.info)
+        return torch.empty(0)
+
+    def _matrix(self, backend: Backend, source: TensorSource) -> Any:
+        if not backend.can_multiply(source.info.type):
+            self._refuse(backend, source.info)
+        return None
+
+    def _refuse(self, backend: Backend, info: TensorInfo) -> None:
+        key = TRAITS[info.type].name, backend.describe()
+        self._refused.setdefault(key, []).append(info.name)
 
     def finish(self, num_layers: int) -> None:
-        """Proves that nothing is left over.
+        """Proves that nothing is left over and that every format has a kernel.
 
         Raises:
-            ModelError: the file has tensors the model did not ask for.
+            ModelError: the file has tensors the model did not ask for, or of formats that cannot be computed.
         """
-        rest = [name for name in self.file.tensors if name not in self._loaded]
-        extra = [name for name in rest if role_of(name) == "nextn" or (layer_of(name) or 0) >= num_layers]
+        if self._refused:
+            parts = "; ".join(
+                f"{format_} has no kernel on {device} and is the format of {_listed(names)}"
+                for (format_, device), names in self._refused.items()
+            )
+            raise ModelError(
+                f"{self.file.path}: tensors in formats this build cannot compute: {parts}. "
+                "Take a file in other formats, or quantise the model again."
+            )
+        rest = [name for name in self.file.tensors if name not in self.used]
+        nextn = {layer_of(name) for name in rest if role_of(name) == "nextn"}
+        extra = [name for name in rest if (layer := layer_of(name)) in nextn and (layer or 0) >= num_layers]
+        unknown = [name for name in rest if name not in set(extra)]
+        if unknown:
+            raise ModelError(
+                f"{self.file.path}: tensors that a model of {num_layers} layers with these "
+                f"hyper-parameters does not have: {_listed(unknown)}. "
+                "The file is of a variant this build cannot run, or its header is wrong."
+            )
         if extra:
             size = sum(self.file.tensors[name].n_bytes for name in extra) / 2**20
-            logger.info(
-                "%d tensors of next-token prediction layers are not used (%.0f MiB)", len(extra), size
-            )
-        unknown = [name for name in rest if name not in extra]
-        if unknown:
-            shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            raise ModelError(
-                f"{self.file.path}: tensors that this model does not have: {shown}. "
-                "The file is of a variant this build cannot run."
-            )
-        for backend in self.backends.values():
-            backend.loading_done()
+            logger.info("%s: %d tensors of next-token prediction layers (%.0f MiB) are not used",
+                        self.file.path.name, len(extra), size)  # fmt: skip
 
-    def close(self) -> None:
-        for backend in self.backends.values():
-            backend.close()
-        self.backends.clear()
+
+class WeightLoader(Weights):
+    """Reads tensors to their backends, reporting bytes done and bytes in all."""
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        plan: Plan,
+        backends: dict[str, Backend],
+        needed: set[str],
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(file, plan, backends)
+        self._progress = progress or (lambda done, total: None)
+        self._reported: set[str] = set()
+        self._done_bytes, self._total_bytes = 0, sum(file.tensors[name].n_bytes for name in needed)
+
+    def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
+        vector = backend.load_vector(source)
+        self._report(source.info)
+        return vector
+
+    def _matrix(self, backend: Backend, source: TensorSource) -> Any:
+        weight = backend.load_matrix(source)
+        self._report(source.info)
+        return weight
+
+    def _report(self, info: TensorInfo) -> None:
+        if info.name not in self._reported:
+            self._reported.add(info.name)
+            self._done_bytes += info.n_bytes
+            self._progress(self._done_bytes, self._total_bytes)
+
+
+def create_backends(devices: Iterable[str], num_threads: int | None) -> dict[str, Backend]:
+    """A backend for each device.
+
+    Raises:
+        PlacementError: there is no such device here.
+    """
+    backends: dict[str, Backend] = {}
+    try:
+        for device in devices:
+            backends[device] = create_backend(device, num_threads)
+    except BaseException:
+        close_backends(backends)
+        raise
+    return backends
+
+
+def close_backends(backends: dict[str, Backend]) -> None:
+    for backend in backends.values():
+        backend.close()
+    backends.clear()
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
