@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+#define KERNEL_PRAGMA(text) _Pragma(#text)
+#define KERNEL_UNROLL(n) KERNEL_PRAGMA(GCC unroll n)
+
 namespace {
 
 struct V {
