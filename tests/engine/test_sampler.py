@@ -33,7 +33,8 @@ def plain_filter(scaled: np.ndarray, params: SamplingParams) -> np.ndarray:
         keep[params.top_k :] = False
     probabilities = np.where(keep, probabilities, 0)
     probabilities /= probabilities.sum()
-    keep &= np.cumsum(probabilities) - probabilities < params.top_p
+    if params.top_p < 1:  # at 1, rounding of the sum would cut the tail
+        keep &= np.cumsum(probabilities) - probabilities < params.top_p
     probabilities = np.where(keep, probabilities, 0)
     result = np.zeros_like(probabilities)
     result[order] = probabilities / probabilities.sum()
