@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 HELP = "continue a prompt, printing the text as it is written"
 DEMO_PROMPT = "Once upon a time"
 
+_CONTROL_TO_REPLACEMENT = {
+    code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -75,8 +79,13 @@ def print_stream(stream: TokenStream) -> int:
 
 
 def write(text: str) -> None:
-    """Text to stdout at once; what the terminal's encoding lacks becomes a question mark."""
+    """Text to stdout at once; what its encoding lacks becomes a question mark.
+
+    A terminal gets no control characters but newline and tab: a model's text must not move its cursor.
+    """
     encoding = sys.stdout.encoding or "utf-8"
+    if sys.stdout.isatty():
+        text = text.translate(_CONTROL_TO_REPLACEMENT)
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 

@@ -123,6 +123,17 @@ def test_a_terminal_that_lacks_a_character(fake_llm, monkeypatch):
     assert raw.getvalue() == b"Hello, w?rld\n"
 
 
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd[2Jb\n\tc\n"), (False, "a\x1b[2Jb\n\tc\n")])
+def test_a_terminal_gets_no_control_characters(fake_llm, monkeypatch, terminal, shown):
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding="utf-8")
+    monkeypatch.setattr(stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stdout", stdout)
+    fake_llm.pieces = ["a\x1b[2J", "b\n\tc"]
+    assert main(["run", "-m", "x", "p"]) == 0
+    assert raw.getvalue().decode() == shown
+
+
 def test_one_token_has_no_rate(fake_llm, capsys):
     fake_llm.pieces = ["a"]
     main(["run", "-m", "x", "p"])
