@@ -1,0 +1,46 @@
+"""The kernel table: what it must hold, and that the lookups agree with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hybrid.kernels import cpu
+
+from hybrid.gguf import TRAITS, GGMLType
+
+ISAS = ["scalar", "avx2", "avx512vnni"]
+# fmt: off
+FORMATS = [
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+    "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+]
+# fmt: on
+
+
+def test_every_format_has_a_kernel_on_every_isa() -> None:
+    rows = Counter((row["format"], row["isa"]) for row in cpu.kernel_rows())
+    assert rows == Counter((name, isa) for name in FORMATS for isa in ISAS)
+
+
+def test_rows_describe_their_kernel() -> None:
+    rows = cpu.kernel_rows()
+    assert len({row["name"] for row in rows}) == len(rows) > 0
+    for row in rows:
+        kind = GGMLType(row["ggml_type"])
+        assert kind.name == row["format"]
+        floats = kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+        assert row["activation"] == ("f32" if floats else "q8")
+        assert floats or row["block_cols"] == TRAITS[kind].block_size
+        assert row["name"] == f"dot_{row['format']}_{row['activation']}_16x{row['tile']}_{row['isa']}"
+        assert row["supported"] == (row["isa"] in cpu.supported_isas())
+        assert cpu.has_kernel(row["ggml_type"], row["isa"])
+
+
+def test_types_without_kernels() -> None:
+    for kind in set(GGMLType) - {GGMLType[name] for name in FORMATS}:
+        assert not any(cpu.has_kernel(int(kind), isa) for isa in ISAS), kind.name
+    with pytest.raises(ValueError, match="unknown"):
+        cpu.has_kernel(0, "sse9")
