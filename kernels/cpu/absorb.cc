@@ -10,6 +10,44 @@ namespace hybrid {
 namespace {
 
 constexpr int64_t kTileColumns = 256;  // a multiple of every format's block
+constexpr int64_t kTileTokens = 64;
+
+// What a worker keeps for a tile. Inputs and sums stand side by side: in `x` and `out` the tokens may be a
+// power of two apart, where they would fall into the same cache lines.
+struct Workspace {
+  float* weights;  // [kGroupRows][kTileColumns]
+  float* inputs;   // [kTileTokens][rows]
+  float* sums;     // [kTileTokens][kTileColumns]
+};
+
+// A matrix of the stack, a range of its columns, and where they stand in a group.
+struct Tile {
+  const PackedMatrix& matrix;
+  GroupExpand expand;
+  int64_t b, col, width;
+
+  const uint8_t* group(int64_t index) const { return matrix.group(b, index); }
+
+  // The tile's part of a group is short and far from the next one's: ask for it early.
+  void prefetch(int64_t index) const {
+    if (index >= matrix.num_groups()) return;
+    const uint8_t* start = group(index) + col * matrix.group_bytes() / matrix.cols();
+    for (int64_t i = 0; i < width * matrix.group_bytes() / matrix.cols(); i += 64) __builtin_prefetch(start + i);
+  }
+};
+
+void multiply_tile(const OpsTable& ops, const Tile& tile, int64_t num_tokens, const Workspace& w) {
+  const int64_t rows = tile.matrix.rows();
+  std::fill_n(w.sums, num_tokens * kTileColumns, 0.0f);
+  for (int64_t row = 0; row < rows; row += kGroupRows) {
+    tile.prefetch(row / kGroupRows + 1);
+    tile.expand(tile.group(row / kGroupRows), tile.matrix.cols(), tile.col, tile.width, w.weights, kTileColumns);
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroupRows, rows - row));
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      ops.accumulate(w.weights, kTileColumns, w.inputs + t * rows + row, count, tile.width, w.sums + t * kTileColumns);
+    }
+  }
+}
 
 }  // namespace
 
@@ -18,19 +56,25 @@ void linear_transposed_batched(ThreadPool& pool, const PackedMatrix& matrix, con
                                int64_t out_batch_stride) {
   const OpsTable& ops = ops_table(current_isa());
   const GroupExpand expand = kernel_for(matrix).expand;
-  const int64_t rows = matrix.rows(), cols = matrix.cols(), tiles = (cols + kTileColumns - 1) / kTileColumns;
-  float* weights = Scratch::fresh().take<float>(kGroupRows * kTileColumns * pool.num_threads());
+  const int64_t cols = matrix.cols(), tiles = (cols + kTileColumns - 1) / kTileColumns;
+  Scratch& scratch = Scratch::fresh();
+  Workspace* workspaces = scratch.take<Workspace>(pool.num_threads());
+  for (int i = 0; i < pool.num_threads(); ++i) {
+    workspaces[i] = {scratch.take<float>(kGroupRows * kTileColumns), scratch.take<float>(kTileTokens * matrix.rows()),
+                     scratch.take<float>(kTileTokens * kTileColumns)};
+  }
   pool.parallel_for(matrix.batch() * tiles, [&](int64_t unit, int worker) {
-    const int64_t b = unit / tiles, col = unit % tiles * kTileColumns, width = std::min(kTileColumns, cols - col);
-    const float* input = x + b * x_batch_stride;
-    float* output = out + b * out_batch_stride + col;
-    float* tile = weights + worker * kGroupRows * kTileColumns;
-    for (int64_t t = 0; t < num_tokens; ++t) std::fill_n(output + t * out_token_stride, width, 0.0f);
-    for (int64_t row = 0; row < rows; row += kGroupRows) {
-      expand(matrix.group(b, row / kGroupRows), cols, col, width, tile, kTileColumns);
-      const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroupRows, rows - row));
-      for (int64_t t = 0; t < num_tokens; ++t) {
-        ops.accumulate(tile, kTileColumns, input + t * x_token_stride + row, count, width, output + t * out_token_stride);
+    const int64_t b = unit / tiles, col = unit % tiles * kTileColumns;
+    const Tile tile{matrix, expand, b, col, std::min(kTileColumns, cols - col)};
+    const Workspace& w = workspaces[worker];
+    for (int64_t first = 0; first < num_tokens; first += kTileTokens) {
+      const int64_t count = std::min(kTileTokens, num_tokens - first);
+      for (int64_t t = 0; t < count; ++t) {
+        std::copy_n(x + (first + t) * x_token_stride + b * x_batch_stride, matrix.rows(), w.inputs + t * matrix.rows());
+      }
+      multiply_tile(ops, tile, count, w);
+      for (int64_t t = 0; t < count; ++t) {
+        std::copy_n(w.sums + t * kTileColumns, tile.width, out + (first + t) * out_token_stride + b * out_batch_stride + col);
       }
     }
   });

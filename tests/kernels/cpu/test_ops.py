@@ -120,8 +120,8 @@ def route(
     cpu.fill_scratch(0xFF)
     cpu.route(
         cpu.ThreadPool(threads, []), router_matrix(np.eye(logits.shape[1], dtype=np.float32)),
-        address(logits), len(logits), address(bias), scoring, groups, topk_groups, k, norm_topk_prob, scaling, address(ids),
-        address(weights),
+        address(logits), len(logits), address(bias), scoring, groups, topk_groups, k, norm_topk_prob,
+        scaling, address(ids), address(weights),
     )  # fmt: skip
     return ids, weights
 
