@@ -45,6 +45,7 @@ YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+NO_GROUPS = {"n_group": 1, "topk_group": 1}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Name -> (version, configuration beyond SHAPE).
@@ -62,19 +63,34 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
             "rope_parameters": YARN,
         },
     ),
-    "v2-no-dense": (2, {"q_lora_rank": 32, "first_k_dense_replace": 0, "topk_method": "greedy", "n_shared_experts": 2}),
+    "v2-no-dense": (
+        2,
+        {"q_lora_rank": 32, "first_k_dense_replace": 0, "topk_method": "greedy", "n_shared_experts": 2},
+    ),
     "v3": (3, {"q_lora_rank": 32, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}),
-    "v3-yarn": (3, {"q_lora_rank": 48, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1, "rope_parameters": YARN}),
-    "v3-no-groups": (3, {"q_lora_rank": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
-    "v3-all-experts": (
+    "v3-yarn": (
         3,
-        {"q_lora_rank": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 8},
+        {
+            "q_lora_rank": 48,
+            "first_k_dense_replace": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "rope_parameters": YARN,
+        },
     ),
-    "v3-lite": (
+    "v3-no-groups": (3, {"q_lora_rank": 32, "first_k_dense_replace": 1, **NO_GROUPS}),
+    "v3-lite": (3, {"q_lora_rank": None, "first_k_dense_replace": 1, "norm_topk_prob": False, **NO_GROUPS}),
+    "v3-wide-experts": (
         3,
-        {"q_lora_rank": None, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+        {
+            "q_lora_rank": 32,
+            "first_k_dense_replace": 1,
+            "hidden_size": 256,
+            "moe_intermediate_size": 256,
+            **NO_GROUPS,
+        },
     ),
-}  # fmt: skip
+}
 
 
 def build_reference(variant: str, seed: int = 0) -> Any:
@@ -199,8 +215,8 @@ def write_gguf(
     type_of: Callable[[str], GGMLType] | None = None,
     split_max_bytes: int | None = None,
 ) -> Path:
-    """A model file, F32 where ``type_of`` does not say otherwise. Arrays of uint8 are blocks, taken as they are:
-    their last dimension is that of a row in bytes."""
+    """A model file, F32 where ``type_of`` does not say otherwise. Arrays of uint8 are blocks, taken as they
+    are: their last dimension is that of a row in bytes."""
     type_of = type_of or (lambda name: GGMLType.F32)
     with GGUFWriter(path, split_max_bytes=split_max_bytes) as writer:
         writer.add_metadata("general.architecture", "deepseek2")

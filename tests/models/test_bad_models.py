@@ -1,4 +1,4 @@
-"""Well-formed GGUF files that are no model this build can run: one clear error each, before weights are read."""
+"""Well-formed files that are no model this build can run: one clear error each, before weights are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybrid.placement.planner import plan
 
 @pytest.fixture
 def refused(tmp_path, make_reference, write_model):
-    """``refused(change)``: ``change(keys, tensors)`` spoils the small V3 model; the error that loading gives."""
+    """``refused(change)``: the error of a small V3 model that ``change(keys, tensors)`` has spoilt."""
     reference = make_reference("v3")
 
     def attempt(change, split_kv_b=False, types=None, rules="auto") -> HybridError:

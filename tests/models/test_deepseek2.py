@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from hybrid.kernels import cpu
 
 VARIANTS = [
@@ -15,7 +14,7 @@ VARIANTS = [
     "v3-yarn",
     "v3-no-groups",
     "v3-lite",
-    "v3-all-experts",
+    "v3-wide-experts",
 ]
 DEVICES = ["fake:0", "cpu"]
 LOGIT_TOLERANCE = 2e-4  # of the range of the logits

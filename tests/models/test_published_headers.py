@@ -1,4 +1,4 @@
-"""Headers of published DeepSeek and Kimi files, as converters of their time wrote them: each must be accepted.
+"""Headers of published DeepSeek and Kimi files, as converters of their time wrote them: all are accepted.
 
 The shapes are the real ones; the files hold headers alone.
 """
@@ -43,8 +43,9 @@ LATENT = {
 GROUPS = {"expert_group_count": 8, "expert_group_used_count": 4}
 BETAS = {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
 KIMI = V3 | LATENT | {
-    "vocab_size": 163840, "context_length": 131072, "leading_dense_block_count": 1, "attention.head_count": 64,
-    "rope.freq_base": 50000.0, "rope.scaling.factor": 32.0, "expert_count": 384, "expert_weights_scale": 2.827,
+    "vocab_size": 163840, "context_length": 131072, "leading_dense_block_count": 1,
+    "attention.head_count": 64, "rope.freq_base": 50000.0, "rope.scaling.factor": 32.0, "expert_count": 384,
+    "expert_weights_scale": 2.827,
 }  # fmt: skip
 
 MLA_KEYS = {"attention.key_length_mla", "attention.value_length_mla"}
@@ -160,7 +161,8 @@ def shapes_of(keys: dict[str, Any], kv_b: str, nextn: bool) -> dict[str, tuple[i
     moe = {
         "ffn_gate_inp": (experts, hidden), "ffn_gate_exps": (experts, width, hidden),
         "ffn_up_exps": (experts, width, hidden), "ffn_down_exps": (experts, hidden, width),
-        "ffn_gate_shexp": (shared, hidden), "ffn_up_shexp": (shared, hidden), "ffn_down_shexp": (hidden, shared),
+        "ffn_gate_shexp": (shared, hidden), "ffn_up_shexp": (shared, hidden),
+        "ffn_down_shexp": (hidden, shared),
     }  # fmt: skip
     shapes = {
         "token_embd": (keys["vocab_size"], hidden),
@@ -222,7 +224,8 @@ def test_published_tensors_are_all_used(published, caplog):
 
 
 def test_yarn_of_published_files(tmp_path):
-    """mscale_all_dim times a tenth is in the file; the softmax scale takes the square of 0.1 * that * ln(40) + 1."""
+    # The file has a tenth of mscale_all_dim (1 for V3); DeepSeek's own code scales the softmax by the square
+    # of 0.1 * mscale_all_dim * ln(factor) + 1.
     path = tmp_path / "v3.gguf"
     with GGUFWriter(path, header_only=True) as writer:
         writer.add_metadata("general.architecture", "deepseek2")
