@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrid.engine.torch_threads import single_torch_thread
 from hybrid.errors import CapacityError
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 from hybrid.kvcache.pool import blocks_for
@@ -55,7 +56,8 @@ class SingleSequence:
             raise CapacityError(f"{self.length + len(ids)} tokens do not fit a sequence of {self.max_tokens}")
         for start in range(0, len(ids), self.chunk):
             piece = ids[start : start + self.chunk]
-            hidden_states = self.model.forward(piece, self._batch(len(piece)))
+            with single_torch_thread():
+                hidden_states = self.model.forward(piece, self._batch(len(piece)))
             self.length += len(piece)
             yield hidden_states
 

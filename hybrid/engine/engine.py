@@ -12,6 +12,7 @@ from hybrid.engine.model_runner import CausalLM, ModelRunner
 from hybrid.engine.sampler import Sampler
 from hybrid.engine.scheduler import Scheduler
 from hybrid.engine.sequence import Sequence, TokenOutput
+from hybrid.engine.torch_threads import single_torch_thread
 from hybrid.errors import ConfigError, ContextLengthError, RequestError
 from hybrid.sampling_params import MAX_SEED, WHOLE_VOCABULARY, SamplingParams
 
@@ -73,8 +74,9 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             return []
-        logits = self.model_runner.run(batch)
-        sampled = self.sampler.sample(logits, [item.sequence for item in batch if item.samples])
+        with single_torch_thread():
+            logits = self.model_runner.run(batch)
+            sampled = self.sampler.sample(logits, [item.sequence for item in batch if item.samples])
         outputs = self.scheduler.postprocess(batch, sampled)
         for output in outputs:
             if output.finish_reason is not None:

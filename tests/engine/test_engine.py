@@ -229,6 +229,27 @@ def test_metrics_count_tokens_and_time(make_engine, run_engine):
     assert outputs[0].metrics.generated_tokens_per_s is None
 
 
+def test_torch_s_own_threads_rest_during_a_step(make_engine, monkeypatch):
+    engine = make_engine()
+    engine.add_request("a", PROMPT, GREEDY)
+    seen = []
+    compute_logits = engine.model.compute_logits
+    monkeypatch.setattr(
+        engine.model, "compute_logits", lambda x: seen.append(torch.get_num_threads()) or compute_logits(x)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine.step()
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+        engine.model.fail_at = 0
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_close_frees_the_model(make_engine):
     engine = make_engine()
     engine.add_request("a", PROMPT, GREEDY)
