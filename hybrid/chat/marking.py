@@ -7,13 +7,14 @@ marks are read and removed after it, before any text is encoded:
 - after each character that could begin a control token, a *break*: what follows cannot complete it,
   however the template cuts, trims or joins the text;
 - before a string that could complete a control token begun by the template, a break as well;
-- a control token that the template itself looks for (``content.split('</think>')``) stays findable, with
-  a *fence* of its own before and after it, outside any white space, so that trimming works too;
+- a control token that the template itself looks for (``content.split('</think>')``) stays findable,
+  between a *fence* before and one after it, with white space inside them so that trimming works too;
 - other strings the template looks for stay whole; one that could begin a control token has its break
   after the end.
 
-A control token in the result is the template's when it has neither a break inside nor its fence beside
-it. Text that neither holds the first character of a control token nor completes one is not touched.
+A control token in the result is the template's when it has no break inside, its first fence not before
+and its second not after it. Text that neither holds the first character of a control token nor completes
+one is not touched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
+from operator import eq
 from typing import Any
 
 from hybrid.errors import RequestError, TokenizerError
@@ -36,23 +38,26 @@ _SPACES = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Marks:
-    """The mark characters of one conversation: the break, and the fence of each control token sought."""
+    """The mark characters of one conversation: the break, and two fences for each control token sought."""
 
     brk: str
-    fences: dict[str, str]
+    fences: dict[str, tuple[str, str]]
 
     def unescape(self, text: str) -> str:
         """``text`` with marks that were written as JSON or Python literals turned back to characters."""
-        for mark in (self.brk, *self.fences.values()):
+        for mark in self._all():
             if _escaped(mark) in text:
                 text = re.sub(rf"\\+{_escaped(mark)}", mark, text)
         return text
 
     def strip(self, text: str) -> str:
         """``text`` without marks."""
-        for mark in (self.brk, *self.fences.values()):
+        for mark in self._all():
             text = text.replace(mark, "")
         return text
+
+    def _all(self) -> Iterator[str]:
+        return chain(self.brk, *self.fences.values())
 
 
 class Marker:
@@ -90,10 +95,12 @@ class Marker:
             for char in map(chr, chain(*_MARK_RANGES))
             if not any(char in text or _escaped(char) in text for text in texts)
         )
-        chosen = list(islice(free, 1 + len(self._sought)))
-        if len(chosen) <= len(self._sought):
+        count = 1 + 2 * len(self._sought)
+        chosen = list(islice(free, count))
+        if len(chosen) < count:
             raise RequestError("the messages use every private character: none is left to mark their text")
-        return Marks(chosen[0], dict(zip(sorted(self._sought), chosen[1:], strict=True)))
+        pairs = zip(chosen[1::2], chosen[2::2], strict=True)
+        return Marks(chosen[0], dict(zip(sorted(self._sought), pairs, strict=True)))
 
     def mark(self, value: Any, marks: Marks) -> Any:
         """A copy of a JSON value with its strings and keys marked."""
@@ -110,8 +117,8 @@ class Marker:
         rendered = marks.unescape(rendered)
         position = 0
         for token_id, start, end in self._tokenizer.find_special(rendered, parse_special=True):
-            fence = marks.fences.get(rendered[start:end])
-            if fence is not None and fence in _neighbours(rendered, start, end):
+            fences = marks.fences.get(rendered[start:end])
+            if fences is not None and any(map(eq, fences, _neighbours(rendered, start, end))):
                 continue
             yield from self._plain(marks.strip(rendered[position:start]))
             yield token_id
@@ -139,9 +146,9 @@ class Marker:
             position = self._after_spaces(text, end)
             after = text[end:position]
             if found in self._sought:
-                fence = marks.fences[found]
-                inner = before[len(before.rstrip()) :]
-                parts += [before[: len(before) - len(inner)], fence, inner, found, after, fence]
+                opening, closing = marks.fences[found]
+                cut = len(before.rstrip()) or len(before)
+                parts += [before[:cut], opening, before[cut:], found, after, closing]
             elif found in self._heads:
                 parts += [before, found, marks.brk]
                 position = end
@@ -150,11 +157,12 @@ class Marker:
         return "".join([*parts, text[position:]])
 
     def _after_spaces(self, text: str, end: int) -> int:
-        """End of the white space at ``end``, unless white space can begin a control token."""
-        if any(head.isspace() for head in self._heads):
-            return end
+        """End of the white space at ``end``; none is skipped at the end of the text, where it may be trimmed,
+        nor where white space can begin a control token."""
         found = _SPACES.match(text, end)
-        return found.end() if found else end
+        if found is None or found.end() == len(text) or any(head.isspace() for head in self._heads):
+            return end
+        return found.end()
 
     def _completes(self, text: str) -> bool:
         """Whether ``text`` could go on, or end, a control token begun before it."""
