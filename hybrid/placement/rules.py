@@ -17,7 +17,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +28,7 @@ import yaml
 from hybrid.errors import PlacementError
 from hybrid.placement.roles import ROLES, layer_of, role_of
 
+_NAME = re.compile(r"^[a-z0-9-]+$")
 _DEVICE = re.compile(r"^(cpu|(cuda|fake):\d+)$")
 _LAYERS = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
 
@@ -58,23 +61,40 @@ class RuleSet:
 
 
 def load_rules(rules: str | Path | dict[str, Any]) -> RuleSet:
-    """Parses a rule file, or the same structure as a dict.
+    """Parses a rule file, the name of a shipped one ("all-cpu"), or the same structure as a dict.
 
     Raises:
         PlacementError: with file, line and column.
     """
     if isinstance(rules, dict):
-        return _Parser("<rules>").document(yaml.compose(yaml.safe_dump(rules), Loader=yaml.SafeLoader))
-    path = Path(rules)
+        return _parse("<rules>", lambda: yaml.safe_dump(rules, sort_keys=False), yaml.SafeLoader)
+    if not isinstance(rules, str | Path):
+        raise PlacementError(f"rules: expected a name, a path or a dict, found {type(rules).__name__}")
+    if isinstance(rules, str) and _NAME.match(rules) and not Path(rules).exists():
+        return _shipped(rules)
+    return _parse(str(rules), lambda: Path(rules).read_text(encoding="utf-8"), yaml.BaseLoader)
+
+
+def _shipped(name: str) -> RuleSet:
+    folder = resources.files("hybrid.rules")
+    names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if ".yaml" in entry.name)
+    if name not in names:
+        raise PlacementError(
+            f"rules {name!r}: no such file, and of the shipped ones there are auto, {', '.join(names)}"
+            + _nearest(name, ("auto", *names))
+        )
+    file = folder / f"{name}.yaml"
+    return _parse(file.name, lambda: file.read_text(encoding="utf-8"), yaml.BaseLoader)
+
+
+def _parse(source: str, read: Callable[[], str], loader: type[yaml.BaseLoader | yaml.SafeLoader]) -> RuleSet:
     try:
-        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(read(), Loader=loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise PlacementError(f"{path}: cannot read the rules: {error}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise PlacementError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return _Parser(str(path)).document(root)
+        raise PlacementError(f"{source}: cannot read the rules: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise PlacementError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    return _Parser(source).document(root)
 
 
 class _Parser:
