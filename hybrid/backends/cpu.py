@@ -43,9 +43,8 @@ class LatentCache:
     rope_dim: int
 
     @property
-    def shape_arguments(self) -> tuple[int, str, int, int, int]:
-        """What the kernels ask for, in their order."""
-        return self.data.data_ptr(), self.fmt, self.num_blocks, self.latent_dim, self.rope_dim
+    def address(self) -> int:
+        return self.data.data_ptr()
 
 
 class CpuBackend(Backend):
@@ -149,7 +148,8 @@ class CpuBackend(Backend):
         tokens, heads, head_dim = q.shape
         cpu.mla_append(
             self.pool, q.data_ptr(), tokens, heads, head_dim, kv.data_ptr(), kv_norm.data_ptr(), eps,
-            rope.data_ptr(), rope.shape[0], *cache.shape_arguments,
+            rope.data_ptr(), rope.shape[0], cache.address, cache.fmt,
+            cache.num_blocks, cache.latent_dim, cache.rope_dim,
             batch.positions.data_ptr(), batch.slot_mapping.data_ptr(),
         )  # fmt: skip
 
@@ -177,7 +177,8 @@ class CpuBackend(Backend):
         tokens, heads, head_dim = q.shape
         out = _empty(tokens, heads, q_latent.shape[2])
         cpu.mla_attention(
-            self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, *cache.shape_arguments,
+            self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, cache.address, cache.fmt,
+            cache.num_blocks, cache.latent_dim, cache.rope_dim,
             batch.seq_lens.shape[0], batch.positions.data_ptr(), batch.query_start.data_ptr(),
             batch.seq_lens.data_ptr(), batch.block_tables.data_ptr(), batch.block_tables.stride(0), scale,
             out.data_ptr(),
