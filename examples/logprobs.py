@@ -5,7 +5,7 @@ import sys
 
 from hybrid import LLM, SamplingParams
 
-text = "The fox ran into the forest."
+text = "Once upon a time, a fox lived beside an old mill."
 # -1 gives the whole vocabulary at each position, as one float32 array.
 params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, logprobs=3)
 
