@@ -125,7 +125,8 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
 def test_log_softmax_sums_to_one(values: list[float]) -> None:
     row = log_softmax(np.array([values], dtype=np.float32))
     assert np.exp(row.astype(np.float64)).sum() == pytest.approx(1, rel=1e-5)
-    assert np.argmax(row) == np.argmax(np.array(values, dtype=np.float32))
+    # Values closer than float32 tells apart after the subtraction may tie.
+    assert row[0, np.argmax(values)] == row.max()
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=60), st.integers(1, 59))
