@@ -1,7 +1,7 @@
 """The CPU backend: quantised SIMD kernels on packed weights; the contract is in `base`.
 
 Tensors cross to the kernels as addresses. Everything passed is float32 (or int32 where ids are meant) and
-contiguous, which the layers guarantee.
+contiguous, which the layers guarantee; results are made like their input, whatever torch's defaults are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ _CACHE_DTYPES: dict[CacheFormat, torch.dtype] = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
 }
-
-
-def _empty(*shape: int) -> torch.Tensor:
-    # Kernels write float32 here whatever torch's default dtype and device are.
-    return torch.empty(shape, dtype=torch.float32, device=_HOST)
 
 
 @dataclass(frozen=True)
@@ -115,14 +110,14 @@ class CpuBackend(Backend):
     # --- operations ----------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
-        out = _empty(token_ids.shape[0], table.cols)
+        out = torch.empty((token_ids.shape[0], table.cols), dtype=torch.float32, device=_HOST)
         cpu.gather_rows(self.pool, table, token_ids.data_ptr(), token_ids.shape[0], out.data_ptr())
         return out
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        out = _empty(x.shape[0], x.shape[1])
+        out = x.new_empty(x.shape)
         add_to = 0 if residual is None else residual.data_ptr()
         cpu.rms_norm(
             self.pool, x.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, add_to, out.data_ptr()
@@ -131,7 +126,7 @@ class CpuBackend(Backend):
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         rows: int = weight.rows
-        out = _empty(x.shape[0], rows)
+        out = x.new_empty((x.shape[0], rows))
         cpu.linear(self.pool, weight, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), rows)
         return out
 
@@ -156,7 +151,7 @@ class CpuBackend(Backend):
     def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
         latent: int = k_b.cols if transposed else k_b.rows
-        out = _empty(tokens, heads, latent)
+        out = q.new_empty((tokens, heads, latent))
         product = cpu.linear_transposed_batched if transposed else cpu.linear_batched
         product(
             self.pool,
@@ -175,7 +170,7 @@ class CpuBackend(Backend):
         self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
     ) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
-        out = _empty(tokens, heads, q_latent.shape[2])
+        out = q_latent.new_empty(q_latent.shape)
         cpu.mla_attention(
             self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, cache.address, cache.fmt,
             cache.num_blocks, cache.latent_dim, cache.rope_dim,
@@ -188,7 +183,7 @@ class CpuBackend(Backend):
     def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
         tokens, heads, latent = context.shape
         v_dim: int = v_b.rows
-        out = _empty(tokens, heads * v_dim)
+        out = context.new_empty((tokens, heads * v_dim))
         cpu.linear_batched(
             self.pool,
             v_b,
@@ -205,8 +200,8 @@ class CpuBackend(Backend):
     def route(
         self, x: torch.Tensor, router: Any, bias: torch.Tensor | None, config: RouterConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.empty(x.shape[0], config.num_experts_per_tok, dtype=torch.int32, device=_HOST)
-        weights = _empty(x.shape[0], config.num_experts_per_tok)
+        ids = x.new_empty((x.shape[0], config.num_experts_per_tok), dtype=torch.int32)
+        weights = x.new_empty((x.shape[0], config.num_experts_per_tok))
         cpu.route(
             self.pool, router, x.data_ptr(), x.shape[0], 0 if bias is None else bias.data_ptr(),
             config.scoring, config.num_groups, config.topk_groups, config.num_experts_per_tok,
@@ -223,7 +218,7 @@ class CpuBackend(Backend):
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        out = _empty(x.shape[0], down.rows)
+        out = x.new_empty((x.shape[0], down.rows))
         cpu.moe(
             self.pool, gate, up, down, x.data_ptr(), x.shape[0], topk_ids.data_ptr(), topk_weights.data_ptr(),
             topk_ids.shape[1], out.data_ptr(),
@@ -231,6 +226,6 @@ class CpuBackend(Backend):
         return out
 
     def mlp(self, x: torch.Tensor, gate: Any, up: Any, down: Any) -> torch.Tensor:
-        out = _empty(x.shape[0], down.rows)
+        out = x.new_empty((x.shape[0], down.rows))
         cpu.mlp(self.pool, gate, up, down, x.data_ptr(), x.shape[0], out.data_ptr())
         return out
