@@ -40,7 +40,8 @@ class Plan:
 
     def one_line(self) -> str:
         """What runs where, for a person."""
-        layers = {layer for name in self.placements if (layer := layer_of(name)) is not None}
+        layers = {layer_of(name) for name in self.placements} - {None}
+        layers -= {layer_of(name) for name in self.placements if role_of(name) == "nextn"}
         sizes = {device: f"{self.bytes_on(device) / 2**30:.2f} GiB" for device in self.devices}
         if len(sizes) == 1:
             ((device, size),) = sizes.items()

@@ -94,7 +94,11 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def build_reference(variant: str, seed: int = 0) -> Any:
-    """A random transformers model in float32, with routing that is spread and biased."""
+    """A random transformers model in float32, with routing that is spread and biased.
+
+    transformers masks the groups that were not chosen with -inf in V3, as DeepSeek's own code does, and with
+    0 in V2. Scores of softmax are positive, so both mean the same there.
+    """
     version, changes = VARIANTS[variant]
     values = SHAPE | {"rope_parameters": PLAIN_ROPE} | changes
     torch.manual_seed(seed)

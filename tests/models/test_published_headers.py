@@ -220,7 +220,7 @@ def test_published_tensors_are_all_used(published, caplog):
     with caplog.at_level(logging.INFO, logger="hybrid"):
         check.finish(config.num_layers)
     assert ("next-token prediction" in caplog.text) == header.nextn
-    assert placements.one_line().startswith(f"all {header.keys['block_count']} layers on cpu (")
+    assert placements.one_line().startswith(f"all {config.num_layers} layers on cpu (")
 
 
 def test_yarn_of_published_files(tmp_path):
