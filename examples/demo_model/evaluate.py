@@ -75,7 +75,7 @@ def model_perplexity(model: DemoModel, rows: list[list[int]]) -> float:
 
 @torch.inference_mode()
 def sample(
-    model: DemoModel, prompt: list[int], eos: int, generator: torch.Generator, limit: int = 400
+    model: DemoModel, prompt: list[int], eos: int, generator: torch.Generator, limit: int = 300
 ) -> list[int]:
     """A continuation at temperature 0.8, top-p 0.95."""
     ids = list(prompt)
@@ -110,7 +110,7 @@ def main(work: Path, training_tokens: int = 3_000_000) -> None:
     print(f"distinct words in the training text: {len({word.lower() for word in words})}")
     generator = torch.Generator().manual_seed(0)
     bos, eos = tokenizer.token_to_id(vocabulary.BOS), tokenizer.token_to_id(vocabulary.EOS)
-    samples = [tokenizer.decode(sample(model, [bos], eos, generator)) for _ in range(40)]
+    samples = [tokenizer.decode(sample(model, [bos], eos, generator)) for _ in range(20)]
     runs = set().union(*(word_runs(text) for text in samples))
     known = runs & word_runs(training_text)
     share = 100 * len(known) / len(runs)

@@ -365,4 +365,4 @@ REQUESTS = [
     "Do you know a story about {friend} the {friendkind} and {hero} the {kind}?",
     "Tell me what happened in {town}.",
 ]
-REPLIES = ["", "", "[Of course.|Gladly.|Here is a story about a(n) {kind}.|Certainly.|Yes, listen.] "]
+REPLIES = ["", "", "[Of course.|Gladly.|Here is a story about a(n) {kind}.|Certainly.|Yes, listen.]"]
