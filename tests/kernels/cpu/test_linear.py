@@ -8,6 +8,7 @@ one wrong code would cost more.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ TOKENS = 33
 Pack = Callable[[int, np.ndarray, int], cpu.PackedMatrix]
 
 
-def widths(row: dict[str, object]) -> list[int]:
+def widths(row: dict[str, Any]) -> list[int]:
     """One block, two, five; rows that are no multiple of 256 where the format has them."""
-    block = int(str(row["block_cols"]))
+    block = row["block_cols"]
     odd = [32, 96, 288, 1408] if block <= 32 else []
     return [block, 2 * block, 5 * block, *odd]
 
@@ -70,9 +71,9 @@ def test_kernels_of_this_host_are_tested() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_linear(row: dict[str, object], pool: cpu.ThreadPool, pack: Pack) -> None:
+def test_linear(row: dict[str, Any], pool: cpu.ThreadPool, pack: Pack) -> None:
     kind = GGMLType(row["ggml_type"])
-    cpu.select_isa(str(row["isa"]))
+    cpu.select_isa(row["isa"])
     for cols in widths(row):
         x = activations(TOKENS, cols)
         used = rounded(x) if row["activation"] == "q8" else x.astype(np.float64)
@@ -95,17 +96,19 @@ def test_bits_are_the_same_everywhere(name: str, pack: Pack) -> None:
         for threads in (1, 2, 3):
             pool = cpu.ThreadPool(threads)
             whole = run_linear(pool, matrix, x)
-            first = whole if first is None else first
+            if first is None:
+                first = whole
             assert whole.tobytes() == first.tobytes(), (isa, threads)
+        assert first is not None
         for tokens in range(1, 10):
             assert run_linear(pool, matrix, x[:tokens]).tobytes() == first[:tokens].tobytes(), (isa, tokens)
     assert first is not None
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_gather_rows_equals_dequantize(row: dict[str, object], pool: cpu.ThreadPool, pack: Pack) -> None:
+def test_gather_rows_equals_dequantize(row: dict[str, Any], pool: cpu.ThreadPool, pack: Pack) -> None:
     kind = GGMLType(row["ggml_type"])
-    cpu.select_isa(str(row["isa"]))
+    cpu.select_isa(row["isa"])
     ids = np.array([39, 0, 16, 15, 38, 0], np.int32)
     for cols in widths(row):
         raw, w = weights(kind, 40, cols)
