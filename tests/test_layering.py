@@ -149,7 +149,7 @@ def test_relative_imports_are_resolved(tmp_path):
 @pytest.mark.parametrize("module", FORBIDDEN)
 def test_heavy_packages_stay_out(module):
     code = f"import sys, {module}; print(*(set({FORBIDDEN[module]!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.split(), f"import {module} also imports {done.stdout.strip()}"
 
 

@@ -79,5 +79,5 @@ def test_types_are_published():
 )
 def test_imports_stay_light(statement, heavy):
     code = f"import sys; {statement}; sys.exit(str({heavy} & set(sys.modules) or ''))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == ""

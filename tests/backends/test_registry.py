@@ -35,7 +35,7 @@ def test_backends_are_imported_when_asked_for():
         "import sys, hybrid.backends.registry as r; r.create_backend('fake:0');"
         "sys.exit('hybrid.backends.cpu' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 7])

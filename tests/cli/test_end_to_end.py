@@ -90,7 +90,10 @@ def test_ctrl_c_stops_the_text(tiny):
     argv = ["run", "-m", str(tiny), "x", "-n", "-1", "--ignore-eos"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [sys.executable, "-P", "-c", code, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
     ) as process:
         process.stdout.read(20)
         process.send_signal(signal.SIGINT)

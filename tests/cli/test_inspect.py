@@ -231,7 +231,7 @@ def test_no_torch_is_loaded(tiny: Path) -> None:
         " sys.exit(code or 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code, str(tiny)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -60,7 +60,7 @@ def test_help_is_instant(argv):
         "heavy = {'torch', 'numpy', 'tqdm', 'tokenizers', 'jinja2', 'gguf'} & set(sys.modules);"
         "sys.exit(code or (str(heavy) if heavy else 0))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *argv], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: hybrid" in done.stdout
 
@@ -175,7 +175,7 @@ def test_a_reader_that_leaves_is_no_traceback():
         "sys.modules['c'] = c; m.COMMANDS['c'] = 'c'; sys.exit(m.main(['c']))"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as run:
         run.stdout.readline()
         run.stdout.close()
