@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from hybrid.cli import arguments
@@ -68,13 +70,29 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def print_stream(stream: TokenStream) -> int:
-    """Print text as it becomes certain; returns 0, or 130 if Ctrl-C ended it."""
+    """Print text as it becomes certain; returns 0, or 130 if Ctrl-C ended it.
+
+    Python drops a KeyboardInterrupt that is raised inside a finaliser or a callback from C, so the
+    signal is noted as well and looked at after every piece of text.
+    """
+    interrupted = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, note)
     try:
         for delta in stream:
             write(delta.outputs[0].text)
+            if interrupted:
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         stream.close()
         return 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
     return 0
 
 
