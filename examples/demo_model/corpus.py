@@ -1,8 +1,8 @@
 """The demo model's training text: little stories told by a grammar.
 
 A story keeps its hero, friend, object and places from the first sentence to the last and follows
-one of eight plots; every sentence is filled from `lexicon.txt` through the templates of `plots.py`. The
-same seed gives the same text. Run it to see some: ``python corpus.py 3``.
+one of eight plots; every sentence is filled from `lexicon.txt` through the templates of `plots.txt`. The
+same seed gives the same text. Run it to see some: ``python -m demo_model.corpus 3``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __package__:
-    from . import plots
-else:
-    import plots
-
+FOLDER = Path(__file__).parent
 VOWEL_SOUND = re.compile(r"^(?:[aeio]|u(?!s|ni|k)|hour|honest|honou?r|heir)", re.IGNORECASE)
 
 
@@ -33,7 +29,29 @@ def read_lexicon(path: Path) -> dict[str, list[str]]:
     return sections
 
 
-LEXICON = read_lexicon(Path(__file__).with_name("lexicon.txt"))
+def read_templates(path: Path) -> dict[str, list[list[str]]]:
+    """Sections of steps of templates: ``[name]``, then a template a line, ``--`` between steps."""
+    sections: dict[str, list[list[str]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if header := re.fullmatch(r"\[([a-z ]+)\]", line):
+            steps = sections.setdefault(header[1], [[]])
+        elif line == "--":
+            steps.append([])
+        elif line and not line.startswith("#"):
+            steps[-1].append(line)
+    return sections
+
+
+LEXICON = read_lexicon(FOLDER / "lexicon.txt")
+TEMPLATES = read_templates(FOLDER / "plots.txt")
+PLOTS = [steps for name, steps in TEMPLATES.items() if name.startswith("plot ")]
+# Adjectives that may stand before a drawn noun that has none.
+ADJECTIVES = {"animals": "characters", "roles": "characters", "plants": "colours"} | dict.fromkeys(
+    ("places", "objects"), "looks"
+)
+SYNONYMS = {phrase: line for line in TEMPLATES["synonyms"][0] for phrase in line.split("|")}
+PHRASE = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(SYNONYMS, key=len, reverse=True)))})(?!\w)")
+BARE_NOUN = re.compile(rf"(?<![>}}] )<({'|'.join(ADJECTIVES)})(?=[:>])")
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in LEXICON["irregular"])
 UNCOUNTED = frozenset(LEXICON["uncounted"])  # foods that have no plural
 FEMALE = {"He": "She", "he": "she", "him": "her", "his": "her", "His": "Her", "himself": "herself"}
@@ -102,12 +120,16 @@ class Story:
 
     def fill(self, template: str) -> str:
         """A sentence from a template."""
-        text = choose_alternatives(template, self.rng)
+        text = PHRASE.sub(lambda m: f"[{SYNONYMS[m[1]]}]", choose_alternatives(template, self.rng))
+        text = BARE_NOUN.sub(self._describe, choose_alternatives(text, self.rng))
         text = re.sub(r"<(\w+)(?::(\w+))?>", self._draw, text)
         text = re.sub(r"\{(\w+)\}", lambda match: self.slots[match[1]], text)
         text = re.sub(r"\ba\(n\) (\S+)", lambda m: ("an " if VOWEL_SOUND.match(m[1]) else "a ") + m[1], text)
         text = re.sub(r"\bA\(n\) (\S+)", lambda m: ("An " if VOWEL_SOUND.match(m[1]) else "A ") + m[1], text)
         return capitalised(text)
+
+    def _describe(self, match: re.Match[str]) -> str:
+        return f"<{ADJECTIVES[match[1]]}> {match[0]}" if self.rng.random() < 0.4 else match[0]
 
     def _draw(self, match: re.Match[str]) -> str:
         section, form = match[1], match[2]
@@ -124,11 +146,10 @@ class Story:
 
     def sentences(self) -> list[str]:
         rng = self.rng
-        templates = [rng.choice(plots.OPENINGS)]
-        templates += rng.sample(plots.HABITS, rng.choice((1, 1, 2)))
-        for step in rng.choice(plots.PLOTS):
-            templates.append(rng.choice(step))
-        templates += rng.sample(plots.ENDINGS, rng.choice((1, 2)))
+        (openings,), (habits,), (endings,) = (TEMPLATES[name] for name in ("opening", "habit", "ending"))
+        templates = [rng.choice(openings), *rng.sample(habits, rng.choice((1, 1, 2)))]
+        templates += [rng.choice(step) for step in rng.choice(PLOTS)]
+        templates += rng.sample(endings, rng.choice((1, 2)))
         return [self.fill(template) for template in templates]
 
     def text(self) -> str:
@@ -161,8 +182,7 @@ def documents(seed: int, chat_share: float = 0.3) -> Iterator[Document]:
     while True:
         story = Story(rng)
         if rng.random() < chat_share:
-            request = story.fill(rng.choice(plots.REQUESTS))
-            reply = story.fill(rng.choice(plots.REPLIES))
+            request, reply = (story.fill(rng.choice(TEMPLATES[name][0])) for name in ("request", "reply"))
             yield Document(reply + (" " if reply else "") + story.text(), request)
         else:
             yield Document(story.text())

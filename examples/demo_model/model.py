@@ -138,10 +138,12 @@ class MoE(nn.Module):
         counts = torch.bincount(ids.flatten(), minlength=c.n_routed_experts)
         self.load = counts.float() / counts.sum()
         tokens = order // c.num_experts_per_tok
+        # unbind: indexing an expert would zero the gradient of all of them, once each.
+        experts = zip(self.experts.gate_up_proj.unbind(), self.experts.down_proj.unbind(), strict=True)
         pieces = []
-        for expert, rows in enumerate(flat[tokens].split(counts.tolist())):
-            gate, up = F.linear(rows, self.experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            pieces.append(F.linear(F.silu(gate) * up, self.experts.down_proj[expert]))
+        for rows, (gate_up_proj, down_proj) in zip(flat[tokens].split(counts.tolist()), experts, strict=True):
+            gate, up = F.linear(rows, gate_up_proj).chunk(2, dim=-1)
+            pieces.append(F.linear(F.silu(gate) * up, down_proj))
         weighted = torch.cat(pieces) * weights.flatten()[order][:, None].to(flat.dtype)
         out = torch.zeros_like(flat).index_add(0, tokens, weighted.to(flat.dtype))
         return (out + self.shared_experts(flat)).view_as(x)

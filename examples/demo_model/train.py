@@ -20,8 +20,8 @@ class TrainConfig:
 
     minutes: float = 50.0
     max_steps: int | None = None
-    batch: int = 8
-    length: int = 256
+    batch: int = 6
+    length: int = 320
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     weight_decay: float = 0.05
@@ -36,7 +36,10 @@ def learning_rate(t: TrainConfig, step: int, progress: float) -> float:
 
 
 def train(model: DemoModel, ids: np.ndarray, t: TrainConfig, checkpoint: Path) -> None:
-    """Trains in place on a stream of ids (uint16), resuming from ``checkpoint`` where it exists."""
+    """Trains in place on a stream of ids (uint16), resuming from ``checkpoint`` where it exists.
+
+    Each row begins where a document does: a name is learned by copying it from the story's first sentence.
+    """
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": t.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -48,12 +51,12 @@ def train(model: DemoModel, ids: np.ndarray, t: TrainConfig, checkpoint: Path) -
         optimizer.load_state_dict(state["optimizer"])
         step, used = state["step"], state["used"]
     start, window = time.monotonic() - used, t.length + 1
-    per_epoch = (len(ids) - 1) // (t.batch * t.length)
+    starts = np.flatnonzero(ids[: len(ids) - window] == ids[0])
+    per_epoch = len(starts) // t.batch
     average = 0.0
     while (progress := (time.monotonic() - start) / (60 * t.minutes)) < 1 and step != t.max_steps:
-        rng = np.random.default_rng(step // per_epoch)
-        order = rng.permutation(per_epoch * t.batch)
-        chosen = order[step % per_epoch * t.batch :][: t.batch] * t.length
+        order = np.random.default_rng(step // per_epoch).permutation(starts)
+        chosen = order[step % per_epoch * t.batch :][: t.batch]
         rows = torch.from_numpy(np.stack([ids[i : i + window] for i in chosen]).astype(np.int64))
         rate = learning_rate(t, step, progress)
         for group in optimizer.param_groups:
