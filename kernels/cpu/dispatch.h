@@ -17,6 +17,7 @@ struct KernelRow {
   int tile;          // tokens taken at once
   const char* name;  // e.g. dot_Q4_K_q8_16x8_avx512vnni
   GroupKernel dot;
+  GroupGemm gemm;  // null for float formats
   GroupExpand expand;
 };
 

@@ -39,6 +39,22 @@ using GroupKernel = void (*)(const uint8_t* group, int64_t cols, const Activatio
                              const int32_t* token_ids, int32_t num_tokens, float* out,
                              int64_t out_stride);
 
+inline constexpr int kMostTileTokens = 128;  // the most a TokenTile holds
+inline constexpr int kTileStep = 4;      // its tokens are padded to a multiple of this
+
+// Int8 activations gathered for products with many tokens: what a kernel reads for one block of 256
+// columns stands together. Rows that pad the tile, and columns past the end, are zero.
+struct TokenTile {
+  int64_t num_tokens = 0, padded_tokens = 0;
+  const int8_t* q8 = nullptr;      // [blocks of 256 columns][padded_tokens][256]
+  const float* scale = nullptr;    // [blocks][padded_tokens]
+  const int16_t* sum16 = nullptr;  // [blocks][padded_tokens][16]
+};
+
+// As a GroupKernel, bit for bit, for consecutive groups and the tokens of a tile; faster from a few tokens on.
+using GroupGemm = void (*)(const uint8_t* group, int64_t num_groups, int64_t cols, const TokenTile& x, float* out,
+                           int64_t out_stride);
+
 // Dequantises columns [col, col + n) of a group to f32: out[r * out_stride + c]. col and n are
 // multiples of the format's block size (32 or 256; 1 for float formats), n <= 256.
 using GroupExpand = void (*)(const uint8_t* group, int64_t cols, int64_t col, int64_t n, float* out,

@@ -5,24 +5,26 @@
 #include <stdexcept>
 #include <string>
 
+#include "token_tile.h"
+
 namespace hybrid {
 namespace {
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Tokens a unit of work takes: their int8 rows stay in the second-level cache while the unit's
-// weights stream past. A multiple of every kernel's token tile.
+// Tokens a unit of work takes: their rows stay in the second-level cache while the unit's weights
+// stream past. A multiple of every kernel's token tile.
 int64_t token_block(int64_t num_tokens, int64_t row_bytes) {
   constexpr int64_t kCacheBytes = 256 << 10;
-  constexpr int64_t kMost = 256;
-  const int64_t fit = std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(row_bytes, 1) / 16 * 16, 16, kMost);
-  return std::min(num_tokens, fit);
+  const int64_t fit = kCacheBytes / std::max<int64_t>(row_bytes, 1) / 16 * 16;
+  return std::min(num_tokens, std::clamp<int64_t>(fit, 16, kMostTileTokens));
 }
 
-// Groups a unit takes: enough bytes to be worth an atomic, few enough that no thread waits long.
-int64_t group_block(int64_t num_groups, int64_t group_bytes, int num_threads) {
-  constexpr int64_t kUnitBytes = 64 << 10;
-  const int64_t worthwhile = (kUnitBytes + group_bytes - 1) / group_bytes;
+// Groups a unit takes: enough bytes to be worth an atomic, and with many tokens the gathering of their tile;
+// few enough that no thread waits long.
+int64_t group_block(int64_t num_groups, int64_t group_bytes, int num_threads, bool tiled) {
+  const int64_t unit_bytes = (tiled ? 512 : 64) << 10;
+  const int64_t worthwhile = (unit_bytes + group_bytes - 1) / group_bytes;
   const int64_t balanced = std::max<int64_t>(1, num_groups / (4 * num_threads));
   return std::max<int64_t>(1, std::min(worthwhile, balanced));
 }
@@ -62,6 +64,19 @@ void check_linear(const PackedMatrix& m, const LinearArgs& a) {
   check(kName, m.batch() < 2 || (a.x_batch_stride >= 0 && a.out_batch_stride >= m.rows()),
         "the batch stride of out must be at least " + std::to_string(m.rows()) + " and that of x not negative, found " +
             std::to_string(a.out_batch_stride) + " and " + std::to_string(a.x_batch_stride));
+}
+
+// Groups [group, end) of matrix `b` times the tokens of a tile; nothing past the matrix's rows is written.
+void run_groups(const KernelRow& kernel, const PackedMatrix& m, int64_t b, int64_t group, int64_t end,
+                const TokenTile& x, float* out, int64_t out_stride) {
+  const int64_t whole = std::min(end, m.rows() / kGroupRows);
+  if (whole > group) kernel.gemm(m.group(b, group), whole - group, m.cols(), x, out + group * kGroupRows, out_stride);
+  if (whole == end) return;
+  alignas(64) float tile[kMostTileTokens * kGroupRows];
+  kernel.gemm(m.group(b, whole), 1, m.cols(), x, tile, kGroupRows);
+  const size_t bytes = static_cast<size_t>(rows_in_group(m, whole)) * sizeof(float);
+  for (int64_t t = 0; t < x.num_tokens; ++t)
+    std::memcpy(out + t * out_stride + whole * kGroupRows, tile + t * kGroupRows, bytes);
 }
 
 }  // namespace
@@ -122,15 +137,18 @@ void linear_batched(ThreadPool& pool, const PackedMatrix& m, const LinearArgs& a
   if (a.num_tokens == 0) return;
   const KernelRow& kernel = kernel_for(m);
   const bool quantised = kernel.activation == ActFormat::q8;
-  const QuantizedRows rows(Scratch::fresh(), quantised ? a.num_tokens * m.batch() : 0, m.cols());
+  Scratch& scratch = Scratch::fresh();
+  const QuantizedRows rows(scratch, quantised ? a.num_tokens * m.batch() : 0, m.cols());
   if (quantised) quantize_rows(pool, m, a, rows);
 
   const int64_t tokens = token_block(a.num_tokens, m.cols() * (quantised ? 1 : 4));
   const int64_t token_blocks = (a.num_tokens + tokens - 1) / tokens;
-  const int64_t groups = group_block(m.num_groups() * m.batch(), m.group_bytes(), pool.num_threads());
+  const bool tiled = kernel.gemm != nullptr && tokens >= kTileWorthwhile;
+  const TokenTiles tiles(scratch, tiled ? pool.num_threads() : 0, tokens, m.cols());
+  const int64_t groups = group_block(m.num_groups() * m.batch(), m.group_bytes(), pool.num_threads(), tiled);
   const int64_t group_blocks = (m.num_groups() + groups - 1) / groups;
   // Units that follow one another share a token block and stream through the weights.
-  pool.parallel_for(m.batch() * token_blocks * group_blocks, [&](int64_t unit, int) {
+  pool.parallel_for(m.batch() * token_blocks * group_blocks, [&](int64_t unit, int worker) {
     const int64_t b = unit / (token_blocks * group_blocks);
     const int64_t t0 = unit / group_blocks % token_blocks * tokens;
     const int64_t g0 = unit % group_blocks * groups;
@@ -138,7 +156,12 @@ void linear_batched(ThreadPool& pool, const PackedMatrix& m, const LinearArgs& a
     const Activations x = quantised ? rows.rows(t0 * m.batch() + b, m.batch())
                                     : float_rows(a.x + t0 * a.x_token_stride + b * a.x_batch_stride, a.x_token_stride);
     float* out = a.out + t0 * a.out_token_stride + b * a.out_batch_stride;
-    for (int64_t g = g0; g < std::min(g0 + groups, m.num_groups()); ++g) {
+    const int64_t end_group = std::min(g0 + groups, m.num_groups());
+    if (tiled && count >= kTileWorthwhile) {
+      run_groups(kernel, m, b, g0, end_group, tiles.gather(worker, x, nullptr, count), out, a.out_token_stride);
+      return;
+    }
+    for (int64_t g = g0; g < end_group; ++g) {
       run_group(kernel, m.group(b, g), rows_in_group(m, g), m.cols(), x, nullptr, count, out + g * kGroupRows,
                 a.out_token_stride);
     }

@@ -9,11 +9,12 @@
 #include "linear.h"
 #include "ops.h"
 #include "scratch.h"
+#include "token_tile.h"
 
 namespace hybrid {
 namespace {
 
-constexpr int64_t kPairsPerShare = 128;          // bounds a worker's tile and the reuse of activations in cache
+constexpr int64_t kPairsPerShare = kMostTileTokens;  // bounds a worker's tile and the reuse of activations in cache
 constexpr int64_t kFewPairs = 64;                // up to here the sum over experts is part of the down pass
 constexpr int64_t kChunkBytes = int64_t{128} << 20;  // of scratch for a chunk of tokens
 constexpr int64_t kSliceBytes = int64_t{64} << 20;   // of down's results kept at once
@@ -26,10 +27,15 @@ struct Weight {
   const PackedMatrix& matrix;
   const KernelRow& kernel;
   bool rounds_input() const { return kernel.activation == ActFormat::q8; }
+  bool takes_tiles(int64_t num_tokens) const { return kernel.gemm != nullptr && num_tokens >= kTileWorthwhile; }
 
-  // 16-row groups [group, end_group) of an expert, written side by side.
+  // 16-row groups [group, end_group) of an expert, written side by side; from `tile` where the kernel takes one.
   void multiply(int64_t expert, int64_t group, int64_t end_group, const Activations& x, const int32_t* token_ids,
-                int64_t num_tokens, float* out, int64_t out_stride) const {
+                int64_t num_tokens, const TokenTile& tile, float* out, int64_t out_stride) const {
+    if (takes_tiles(num_tokens)) {
+      kernel.gemm(matrix.group(expert, group), end_group - group, matrix.cols(), tile, out, out_stride);
+      return;
+    }
     for (int64_t g = group; g < end_group; ++g) {
       kernel.dot(matrix.group(expert, g), matrix.cols(), x, token_ids, static_cast<int32_t>(num_tokens),
                  out + (g - group) * kGroupRows, out_stride);
@@ -135,23 +141,35 @@ class Layer {
     }
     const int64_t tile = kPairsPerShare * rows;
     float* tiles = scratch_.take<float>(2 * tile * pool_.num_threads());
+    const TokenTiles inputs = token_tiles(gate_.matrix.cols());
     pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int worker) {
       const int64_t s = unit / units, row = unit % units * rows;
       const int64_t end = std::min(row + rows, plain_stride_);
       float* gate_tile = tiles + 2 * tile * worker;
-      activate(shares_[s], row, end, gate_tile, gate_tile + tile);
+      activate(shares_[s], row, end, inputs, worker, gate_tile, gate_tile + tile);
       if (rounds) round_block(s, row, end, gate_tile);
     });
   }
 
+  // Room for the rows of the largest share.
+  TokenTiles token_tiles(int64_t cols) const {
+    int64_t most = 0;
+    for (int64_t s = 0; s < num_shares_; ++s) most = std::max<int64_t>(most, shares_[s].size());
+    return TokenTiles(scratch_, most < kTileWorthwhile ? 0 : pool_.num_threads(), most, cols);
+  }
+
   // silu(gate x) * up x, into the plain hidden rows or, without those, into gate_tile ([pairs][end - row]).
-  void activate(const Share& share, int64_t row, int64_t end, float* gate_tile, float* up_tile) const {
+  void activate(const Share& share, int64_t row, int64_t end, const TokenTiles& inputs, int worker, float* gate_tile,
+                float* up_tile) const {
     const int64_t group = row / kGroupRows, end_group = end / kGroupRows, width = end - row;
     float* target = plain_ == nullptr ? gate_tile : plain_ + share.first * plain_stride_ + row;
     const int64_t stride = plain_ == nullptr ? width : plain_stride_;
     const int32_t* tokens = token_of_pair_ + share.first;
-    gate_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), target, stride);
-    up_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), up_tile, width);
+    TokenTile tile;
+    if (gate_.takes_tiles(share.size()) || up_.takes_tiles(share.size()))
+      tile = inputs.gather(worker, inputs_, tokens, share.size());
+    gate_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), tile, target, stride);
+    up_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), tile, up_tile, width);
     for (int64_t i = 0; i < share.size(); ++i) {
       ops_.swiglu(target + i * stride, up_tile + i * width, width, target + i * stride);
     }
@@ -178,18 +196,26 @@ class Layer {
     return float_rows(plain_ + share.first * plain_stride_, plain_stride_);
   }
 
+  void multiply_down(const Share& share, int64_t group, int64_t end_group, const TokenTiles& hidden, int worker,
+                     float* out, int64_t out_stride) const {
+    const Activations rows = hidden_rows(share);
+    TokenTile tile;
+    if (down_.takes_tiles(share.size())) tile = hidden.gather(worker, rows, nullptr, share.size());
+    down_.multiply(share.expert, group, end_group, rows, nullptr, share.size(), tile, out, out_stride);
+  }
+
   // Few pairs: a unit takes some rows of down for all experts and sums them up.
   void down_and_sum() {
     const int64_t rows = rows_of_unit(hidden_size_, 1), units = (hidden_size_ + rows - 1) / rows;
     float* tiles = scratch_.take<float>(num_pairs_ * rows * pool_.num_threads());
     take_row_pointers();
+    const TokenTiles hidden = token_tiles(intermediate_);
     pool_.parallel_for(units, [&](int64_t unit, int worker) {
       const int64_t row = unit * rows, end_group = groups(std::min(row + rows, hidden_size_));
       float* tile = tiles + worker * num_pairs_ * rows;
       for (int64_t s = 0; s < num_shares_; ++s) {
         const Share& share = shares_[s];
-        down_.multiply(share.expert, row / kGroupRows, end_group, hidden_rows(share), nullptr,
-                       share.size(), tile + share.first * rows, rows);
+        multiply_down(share, row / kGroupRows, end_group, hidden, worker, tile + share.first * rows, rows);
       }
       for (int64_t t = 0; t < args_.num_tokens; ++t) {
         sum_token(t, tile, rows, row, std::min(rows, hidden_size_ - row), worker);
@@ -204,15 +230,15 @@ class Layer {
     const int64_t slice = std::min(padded, std::max<int64_t>(kActBlock, affordable));
     float* results = scratch_.take<float>(num_pairs_ * slice);
     take_row_pointers();
+    const TokenTiles hidden = token_tiles(intermediate_);
     for (int64_t first = 0; first < hidden_size_; first += slice) {
       const int64_t width = std::min(slice, padded - first);
       const int64_t rows = rows_of_unit(width, num_shares_), units = (width + rows - 1) / rows;
-      pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int) {
+      pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int worker) {
         const Share& share = shares_[unit / units];
         const int64_t row = unit % units * rows;
-        down_.multiply(share.expert, (first + row) / kGroupRows, groups(first + std::min(row + rows, width)),
-                       hidden_rows(share), nullptr, share.size(),
-                       results + share.first * slice + row, slice);
+        multiply_down(share, (first + row) / kGroupRows, groups(first + std::min(row + rows, width)), hidden, worker,
+                      results + share.first * slice + row, slice);
       });
       for_each_token(pool_, args_.num_tokens, args_.k * width, [&](int64_t t, int worker) {
         sum_token(t, results, slice, first, std::min(width, hidden_size_ - first), worker);

@@ -108,4 +108,59 @@ struct V {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
+// Eight lanes: sixteen registers hold the sums of four tokens, not of more.
+struct W {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int kLanes = 8;
+  static constexpr bool kScalePairs = true;
+  // Where unsigned codes stay so small that more than two products fit 16 bits.
+  static constexpr int code_bias(int max_code) { return max_code <= 31 ? max_code : 0; }
+
+  static I zero() { return _mm256_setzero_si256(); }
+  static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static I load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static F fset1(float x) { return _mm256_set1_ps(x); }
+  static F fload(const float* p) { return _mm256_loadu_ps(p); }
+  static void fstore(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static F fmul(F x, F y) { return _mm256_mul_ps(x, y); }
+  static F fma(F x, F y, F z) { return _mm256_fmadd_ps(x, y, z); }
+
+  // acc + the product of a pair of int16 in each lane and the pair at p.
+  static I dot_pairs(I acc, I pairs, const int16_t* p) {
+    int word;
+    __builtin_memcpy(&word, p, 4);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi32(word)));
+  }
+  // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
+  // words are kStride bytes apart. Sums of products
+  // stay in 16 bits for as many words as kMaxCode allows; vpmaddwd then widens and scales them in one.
+  template <int kWords, int kStride, int kMaxCode, bool kSigned, bool kScaled, int T>
+  static void add_products(I (&total)[T], const uint8_t* codes, const int32_t* scale, const int8_t* x) {
+    constexpr int kFit = 32767 / (2 * kMaxCode * 127);
+    constexpr int kChunk = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+    static_assert(kFit >= 1);
+    const I factor = kScaled ? load(scale) : _mm256_set1_epi16(1);
+    for (int j = 0; j < kWords; j += kChunk) {
+      I sum[T];
+      KERNEL_UNROLL(8)
+      for (int i = 0; i < (kChunk < kWords ? kChunk : kWords); ++i) {
+        const I word = load(codes + kStride * (j + i));
+        const I magnitude = kSigned ? _mm256_abs_epi8(word) : word;
+        KERNEL_UNROLL(8)
+        for (int t = 0; t < T; ++t) {
+          I b = V::broadcast_dword(x + 256 * t + 4 * (j + i));
+          if (kSigned) b = _mm256_sign_epi8(b, word);
+          const I product = _mm256_maddubs_epi16(magnitude, b);
+          sum[t] = i == 0 ? product : _mm256_add_epi16(sum[t], product);
+          asm("" : "+x"(sum[t]));  // now: GCC would keep all products for a later sum, in memory
+        }
+      }
+      KERNEL_UNROLL(8)
+      for (int t = 0; t < T; ++t) total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(sum[t], factor));
+    }
+  }
+};
+
 }  // namespace

@@ -69,4 +69,66 @@ struct V {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
+// Thirty-two lanes: every broadcast activation meets two registers of codes. With one, the loads would set
+// the pace.
+struct W {
+  struct I {
+    __m512i a, b;
+  };
+  struct F {
+    __m512 a, b;
+  };
+  static constexpr int kLanes = 32;
+  static constexpr bool kScalePairs = false;
+  static constexpr int code_bias(int) { return V::kSignedBias; }
+
+  static I zero() { return {V::zero(), V::zero()}; }
+  static I set1(uint32_t x) { return {V::set1(x), V::set1(x)}; }
+  static I load(const void* p) { return {V::load(p), V::load(static_cast<const uint8_t*>(p) + 64)}; }
+  static F fset1(float x) { return {V::fset1(x), V::fset1(x)}; }
+  static F fload(const float* p) { return {V::fload(p), V::fload(p + 16)}; }
+  static void fstore(float* p, F x) {
+    V::fstore(p, x.a);
+    V::fstore(p + 16, x.b);
+  }
+  static F to_float(I x) { return {V::to_float(x.a), V::to_float(x.b)}; }
+  static F fmul(F x, F y) { return {V::fmul(x.a, y.a), V::fmul(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
+  static __m512i broadcast(const void* p) {
+    int word;
+    __builtin_memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+  }
+
+  // acc + the product of a pair of int16 in each lane and the pair at p.
+  static I dot_pairs(I acc, I pairs, const int16_t* p) {
+    const __m512i x = broadcast(p);
+    return {_mm512_dpwssd_epi32(acc.a, pairs.a, x), _mm512_dpwssd_epi32(acc.b, pairs.b, x)};
+  }
+  // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
+  // words are kStride bytes apart.
+  template <int kWords, int kStride, int kMaxCode, bool kSigned, bool kScaled, int T>
+  static void add_products(I (&total)[T], const uint8_t* codes, const int32_t* scale, const int8_t* x) {
+    I dot[T];
+    KERNEL_UNROLL(8)
+    for (int t = 0; t < T; ++t) dot[t] = kScaled ? zero() : total[t];
+    KERNEL_UNROLL(8)
+    for (int j = 0; j < kWords; ++j) {
+      const I word = load(codes + kStride * j);
+      KERNEL_UNROLL(8)
+      for (int t = 0; t < T; ++t) {
+        const __m512i b = broadcast(x + 256 * t + 4 * j);
+        dot[t] = {_mm512_dpbusd_epi32(dot[t].a, word.a, b), _mm512_dpbusd_epi32(dot[t].b, word.b, b)};
+      }
+    }
+    const I factor = kScaled ? load(scale) : zero();
+    KERNEL_UNROLL(8)
+    for (int t = 0; t < T; ++t) {
+      total[t] = kScaled ? I{V::add32(total[t].a, V::mul32(dot[t].a, factor.a)),
+                             V::add32(total[t].b, V::mul32(dot[t].b, factor.b))}
+                         : dot[t];
+    }
+  }
+};
+
 }  // namespace

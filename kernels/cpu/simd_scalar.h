@@ -174,4 +174,32 @@ struct V {
   static void prefetch(const void*) {}
 };
 
+// The lanes a product with many tokens takes at once.
+struct W : V {
+  static constexpr int kLanes = 16;
+  static constexpr bool kScalePairs = false;
+  static constexpr int code_bias(int) { return 0; }
+
+  // acc + the product of a pair of int16 in each lane and the pair at p.
+  static I dot_pairs(const I& acc, const I& pairs, const int16_t* p) {
+    return map(acc, pairs, [p](uint32_t sum, uint32_t pair) {
+      const int low = static_cast<int16_t>(pair & 0xffff), high = static_cast<int16_t>(pair >> 16);
+      return sum + static_cast<uint32_t>(low * p[0] + high * p[1]);
+    });
+  }
+  // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
+  // words are kStride bytes apart.
+  template <int kWords, int kStride, int kMaxCode, bool kSigned, bool kScaled, int T>
+  static void add_products(I (&total)[T], const uint8_t* codes, const int32_t* scale, const int8_t* x) {
+    for (int t = 0; t < T; ++t) {
+      I dot = zero();
+      for (int j = 0; j < kWords; ++j) {
+        const int8_t* word = x + 256 * t + 4 * j;
+        dot = kSigned ? dot_s8(dot, load(codes + kStride * j), word) : dot_u8(dot, load(codes + kStride * j), word);
+      }
+      total[t] = add32(total[t], kScaled ? mul32(dot, load(scale)) : dot);
+    }
+  }
+};
+
 }  // namespace

@@ -106,6 +106,19 @@ def test_bits_are_the_same_everywhere(name: str, pack: Pack) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_many_tokens_give_the_bits_of_one(row: dict[str, Any], pool: cpu.ThreadPool, pack: Pack) -> None:
+    """Tiles of tokens, their ragged end, and what is left after the last full one."""
+    kind = GGMLType(row["ggml_type"])
+    cpu.select_isa(row["isa"])
+    for cols in widths(row)[-2:]:
+        matrix = pack(kind, weights(kind, 49, cols)[0], cols)
+        x = activations(135, cols)
+        alone = np.concatenate([run_linear(pool, matrix, x[t : t + 1]) for t in range(len(x))])
+        for tokens in (8, 11, 128, 131, 135):
+            assert run_linear(pool, matrix, x[:tokens]).tobytes() == alone[:tokens].tobytes(), (cols, tokens)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
 def test_gather_rows_equals_dequantize(row: dict[str, Any], pool: cpu.ThreadPool, pack: Pack) -> None:
     kind = GGMLType(row["ggml_type"])
     cpu.select_isa(row["isa"])
