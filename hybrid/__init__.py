@@ -10,6 +10,7 @@ from importlib.metadata import version as _distribution_version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrid.errors import HybridError as HybridError
     from hybrid.llm import LLM as LLM
     from hybrid.outputs import CompletionOutput as CompletionOutput
     from hybrid.outputs import RequestOutput as RequestOutput
@@ -20,16 +21,25 @@ _EXPORTS = {
     "SamplingParams": "hybrid.sampling_params",
     "RequestOutput": "hybrid.outputs",
     "CompletionOutput": "hybrid.outputs",
+    "HybridError": "hybrid.errors",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "HybridError", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _distribution_version("hybrid-moe")
     if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+        try:
+            return getattr(importlib.import_module(_EXPORTS[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("hybrid.kernels"):
+                raise
+            raise ImportError(
+                f"{__path__[0]} is the source folder, which has no compiled kernels and hides the installed "
+                "package; run Python from another folder, or with -P"
+            ) from None
     raise AttributeError(f"module 'hybrid' has no attribute {name!r}")
 
 

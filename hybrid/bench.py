@@ -19,10 +19,11 @@ from typing import Any
 import gguf
 import numpy as np
 
+from hybrid.backends.isa import select_isa
 from hybrid.config import model_path
 from hybrid.describe import open_for_description, summarise
 from hybrid.doctor import bandwidth
-from hybrid.engine.load import LoadOptions, load, select_isa
+from hybrid.engine.load import LoadOptions, load
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
 from hybrid.gguf import GGUFFile

@@ -10,6 +10,7 @@ from hybrid.errors import ConfigError
 
 KVFormat = Literal["f32", "f16", "bf16"]
 CACHE_BYTES: dict[KVFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
+BLOCK_SIZE = 64  # tokens per cache block; a power of two, and a divisor of the 512-token KV split
 DEFAULT_MAX_MODEL_LEN = 8192  # context when none is asked for and the model has more
 MAX_WHOLE_LOGPROBS_BYTES = 2 << 30  # one request's log-probabilities of the whole vocabulary
 
@@ -61,4 +62,6 @@ def model_path(model: str | Path | None) -> Path:
         return _DEMO_FILE
     if not isinstance(model, str | Path) or not str(model):
         raise ConfigError(f"model: expected a GGUF file or {DEMO_MODEL!r}, found {model!r}")
+    if "://" in str(model):
+        raise ConfigError(f"model: expected a file, found the address {model}; download it first")
     return Path(model).expanduser()

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import ConfigError
+from hybrid.backends.isa import select_isa
 from hybrid.kernels import cpu
 
 _VERSIONED = ("hybrid-moe", "numpy", "torch", "triton", "gguf", "tokenizers")
@@ -122,10 +122,7 @@ def isa_choice(wanted: str | None = None) -> IsaChoice:
     Raises:
         ConfigError: ``wanted`` is unknown or unsupported.
     """
-    try:
-        chosen = cpu.select_isa(wanted)
-    except ValueError as error:
-        raise ConfigError(f"--isa: {error}") from None
+    chosen = select_isa(wanted)
     supported = cpu.supported_isas()
     missing = {isa: cpu.isa_missing(isa) for isa in cpu.isas() if isa not in supported}
     reason = "the best this host supports" if wanted is None else "asked for"

@@ -74,7 +74,9 @@ _COUNT = "an integer >= 1"
 VARIABLES: dict[str, EnvVar] = {
     # Models and the machine.
     "HYBRID_MODEL": EnvVar(str, "a GGUF path, or demo", "model: a GGUF file, or demo"),
-    "HYBRID_RULES": EnvVar(str, "a YAML file, or auto", "placement rules: a YAML file, or auto"),
+    "HYBRID_RULES": EnvVar(
+        str, "a YAML file or a shipped name", "placement rules: auto, default, all-cpu or a YAML file"
+    ),
     "HYBRID_CTX_SIZE": EnvVar(
         integer(0), "an integer >= 0", "context tokens; 0 = the model's own (default: that, at most 8192)"
     ),
@@ -82,7 +84,11 @@ VARIABLES: dict[str, EnvVar] = {
         one_of("f32", "f16", "bf16"), "f32, f16 or bf16", "format of the KV cache: f32, f16 or bf16"
     ),
     "HYBRID_THREADS": EnvVar(integer(1), _COUNT, "CPU worker threads (default: one for each physical core)"),
-    "HYBRID_ISA": EnvVar(str, "a name `hybrid doctor` lists", "force the CPU kernel ISA"),
+    "HYBRID_ISA": EnvVar(
+        str,
+        "a name `hybrid doctor` lists",
+        "CPU kernels: scalar, avx2 or avx512vnni (default: the best)",
+    ),
     # Generation.
     "HYBRID_N_PREDICT": EnvVar(integer(-1), "an integer >= 1, or -1", "tokens to write; -1 = no limit"),
     "HYBRID_TEMP": EnvVar(float, _NUMBER, "temperature; 0 = greedy"),
@@ -98,7 +104,9 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_ECHO": EnvVar(boolean, _SWITCH, "print the prompt in front of its continuation"),
     "HYBRID_SYSTEM": EnvVar(str, "a text", "system message"),
     # Commands for measuring and describing.
-    "HYBRID_OUTPUT": EnvVar(one_of("md", "csv", "json", "jsonl"), "md, csv, json or jsonl", "output format"),
+    "HYBRID_OUTPUT": EnvVar(
+        one_of("text", "md", "csv", "json", "jsonl"), "text, md, csv, json or jsonl", "output format"
+    ),
     "HYBRID_TENSORS": EnvVar(boolean, _SWITCH, "list every tensor"),
     "HYBRID_N_PROMPT": EnvVar(
         integers(0), "integers >= 0, as in 512,2048", "prompt tokens of a test; 0 = no such test"
@@ -131,19 +139,21 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
     # Every command.
     "HYBRID_LOG_LEVEL": EnvVar(
-        one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "what to log on stderr"
+        one_of("debug", "info", "warning", "error"),
+        "debug, info, warning or error",
+        "what to log on stderr: debug, info, warning or error",
     ),
     "HYBRID_DEBUG": EnvVar(boolean, _SWITCH, "show the traceback of a failure"),
 }
 
 
-def get(name: str) -> Any:
-    """Parsed value of ``name``, or ``None`` when it is unset or empty.
+def get(name: str, entry: EnvVar | None = None) -> Any:
+    """Parsed value of ``name``, or ``None`` when it is unset or empty. ``entry`` replaces the table's.
 
     Raises:
         ConfigError: the value does not parse.
     """
-    variable = VARIABLES[name]
+    variable = VARIABLES[name] if entry is None else entry
     text = os.environ.get(name, "")
     if not text:
         return None
@@ -158,4 +168,6 @@ def get(name: str) -> Any:
 def unknown() -> dict[str, str | None]:
     """Set ``HYBRID_*`` variables that nothing reads, each with the known name that is nearest."""
     names = [name for name in os.environ if name.startswith("HYBRID_") and name not in VARIABLES]
-    return {name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1)), None) for name in names}
+    return {
+        name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.8)), None) for name in names
+    }

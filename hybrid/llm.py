@@ -26,8 +26,8 @@ Message = Mapping[str, Any]
 class LLM:
     """A loaded model that writes text.
 
-    Not thread-safe. It prints nothing and installs no signal handlers; `close` frees everything, and a
-    ``with`` statement calls it.
+    Several threads may use it; their requests take turns, step by step. It prints nothing and installs no
+    signal handlers; `close` frees everything, and a ``with`` statement calls it.
 
     Args:
         model: a GGUF file (any shard of a split one); ``None`` or ``"demo"`` for the bundled model.
@@ -87,7 +87,8 @@ class LLM:
     def describe(self) -> str:
         """One line: what runs where, with which kernels, threads and context."""
         loaded = self._loaded
-        cpu = f"ISA {loaded.isa}, {loaded.num_threads} threads, " if loaded.num_threads else ""
+        threads = "1 thread" if loaded.num_threads == 1 else f"{loaded.num_threads} threads"
+        cpu = f"ISA {loaded.isa}, {threads}, " if loaded.num_threads else ""
         return f"{loaded.path.name}: {loaded.plan.one_line()}; {cpu}context {self.max_model_len}"
 
     def generate(
@@ -209,7 +210,8 @@ class LLM:
             with tqdm(total=len(requests), unit="prompt", disable=None if use_tqdm else True) as bar:
                 for request in requests:
                     while not request.state.finished:
-                        self._requests.step()
+                        request.new.clear()
+                        self._requests.advance(request)
                     bar.update()
             return [request.state.result() for request in requests]
         finally:

@@ -41,7 +41,14 @@ SIGNATURES = {
 
 
 def test_the_names():
-    assert hybrid.__all__ == ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+    assert hybrid.__all__ == [
+        "LLM",
+        "CompletionOutput",
+        "HybridError",
+        "RequestOutput",
+        "SamplingParams",
+        "__version__",
+    ]
     assert dir(hybrid) == sorted(hybrid.__all__)
     for name in hybrid.__all__:
         assert getattr(hybrid, name) is not None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import secrets
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from hybrid import env
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hybrid.llm import LLM
     from hybrid.sampling_params import SamplingParams
@@ -21,16 +22,27 @@ class _Unset(NamedTuple):
 
     variable: str
     fallback: Any
+    entry: env.EnvVar
 
 
-class _Append(argparse.Action):
-    """Collects the values of a flag that is given several times."""
+class Extend(argparse.Action):
+    """Collects the values of a flag that is given several times; a value may itself be several."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
     ) -> None:
         found = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(found if isinstance(found, list) else ()), values])
+        new = values if isinstance(values, tuple | list) else [values]
+        setattr(namespace, self.dest, [*(found if isinstance(found, list) else ()), *new])
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and " -" not in message:
+            message += "; a text of several words needs quotes"
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
 def flag(
@@ -38,18 +50,24 @@ def flag(
     *names: str,
     default: Any = None,
     help: str | None = None,
+    choices: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> None:
     """Add an option whose last long name ``--some-flag`` is described by ``HYBRID_SOME_FLAG``.
 
-    Variables parsed by `env.boolean` become switches. ``help`` replaces the table's text.
+    Variables parsed by `env.boolean` become switches. ``help`` replaces the table's text; ``choices`` are
+    those of the values that this command takes.
     """
     long_names = [name for name in names if name.startswith("--")]
     variable = "HYBRID_" + long_names[-1][2:].upper().replace("-", "_")
     entry = env.VARIABLES[variable]
     text = (help or entry.purpose).replace("%", "%%")
+    if choices is not None:
+        text += f": {_listed(choices)}"
+        entry = dataclasses.replace(entry, parse=env.one_of(*choices), accepts=_listed(choices))
     if default is not None and default is not False:
-        text += f" (default: {default})"
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" (default: {shown})"
     if entry.parse is env.boolean:
         kwargs.setdefault("action", "store_true")
         default = bool(default)
@@ -59,10 +77,14 @@ def flag(
     parser.add_argument(
         *names,
         dest=long_names[-1][2:].replace("-", "_"),
-        default=_Unset(variable, default),
+        default=_Unset(variable, default, entry),
         help=f"{text} [{variable}]",
         **kwargs,
     )
+
+
+def _listed(choices: Sequence[str]) -> str:
+    return " or ".join((", ".join(choices[:-1]), choices[-1]) if len(choices) > 1 else choices)
 
 
 def _argument_type(entry: env.EnvVar) -> Callable[[str], Any]:
@@ -83,7 +105,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """
     for name, value in vars(args).items():
         if isinstance(value, _Unset):
-            found = env.get(value.variable)
+            found = env.get(value.variable, value.entry)
             setattr(args, name, value.fallback if found is None else found)
     return args
 
@@ -100,10 +122,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     flag(parser, "-m", "--model", default="demo")
 
 
-def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Flags that `open_model` reads, besides ``-m``."""
+def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> None:
+    """Flags that `open_model` reads, besides ``-m``. ``context`` is the help of ``-c`` where it differs."""
     group = parser.add_argument_group("machine")
-    flag(group, "-c", "--ctx-size")
+    flag(group, "-c", "--ctx-size", help=context)
     flag(group, "-ctk", "--cache-type-k", "--kv-format", default="f16")
     flag(group, "-t", "--threads")
     flag(group, "--isa")
@@ -122,7 +144,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
     flag(group, "--presence-penalty", default=0.0)
     flag(group, "--frequency-penalty", default=0.0)
     flag(group, "-s", "--seed")
-    flag(group, "--stop", action=_Append)
+    flag(group, "--stop", action=Extend)
     flag(group, "--ignore-eos")
 
 
@@ -159,13 +181,38 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     Raises:
         RequestError: a value is out of range.
     """
-    from hybrid.sampling_params import SamplingParams
-
     if args.n_predict == 0:
         raise ConfigError("-n: expected an integer >= 1, or -1, found 0")
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
     stop = [args.stop] if isinstance(args.stop, str) else args.stop
+    try:
+        return _sampling_params(args, stop)
+    except RequestError as error:
+        option = _OPTIONS.get(error.field or "")
+        if option is None:
+            raise
+        raise RequestError(error.problem, field=option, expected=error.expected, found=error.found) from None
+
+
+# Parameters whose options have other names.
+_OPTIONS = {
+    "temperature": "--temp",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repeat-penalty",
+    "presence_penalty": "--presence-penalty",
+    "frequency_penalty": "--frequency-penalty",
+    "max_tokens": "-n",
+    "seed": "--seed",
+    "stop": "--stop",
+}
+
+
+def _sampling_params(args: argparse.Namespace, stop: list[str] | None) -> SamplingParams:
+    from hybrid.sampling_params import SamplingParams
+
     return SamplingParams(
         temperature=args.temp,
         top_k=args.top_k,

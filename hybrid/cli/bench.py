@@ -32,12 +32,12 @@ _WIDTHS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
-    arguments.flag(parser, "-p", "--n-prompt", default=(512,))
-    arguments.flag(parser, "-n", "--n-gen", default=(128,))
-    arguments.flag(parser, "-d", "--n-depth", default=(0,))
+    arguments.flag(parser, "-p", "--n-prompt", default=(512,), action=arguments.Extend)
+    arguments.flag(parser, "-n", "--n-gen", default=(128,), action=arguments.Extend)
+    arguments.flag(parser, "-d", "--n-depth", default=(0,), action=arguments.Extend)
     arguments.flag(parser, "-r", "--repetitions", default=5)
     arguments.flag(parser, "-ub", "--ubatch-size", default=_DEFAULT_UBATCH)
-    arguments.flag(parser, "-o", "--output", default="md")
+    arguments.flag(parser, "-o", "--output", default="md", choices=tuple(_PRINTERS))
     group = parser.add_argument_group("machine")
     arguments.flag(group, "-ctk", "--cache-type-k", "--kv-format", default="f16")
     arguments.flag(group, "-t", "--threads")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid.cli import arguments
 from hybrid.cli.table import format_bytes, format_count, markdown_table
-from hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybrid.describe import ModelSummary
@@ -22,23 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         nargs="?",
         metavar="FILE",
-        help="a GGUF file, or any shard of a split one; a header alone will do",
+        help="a GGUF file, or any shard of a split one; one without data (synth --header-only) will do",
     )
     arguments.add_model(parser)
     arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", default="f16")
     arguments.flag(parser, "--isa", help="the CPU kernel ISA to look for kernels in")
     arguments.flag(parser, "--tensors", help="list every tensor (json always does)")
-    arguments.flag(parser, "-o", "--output", default="md")
+    arguments.flag(parser, "-o", "--output", default="md", choices=("md", "json"))
 
 
 def run(args: argparse.Namespace) -> int:
+    from hybrid.backends.isa import select_isa
     from hybrid.config import model_path
     from hybrid.describe import open_for_description, report, summarise
     from hybrid.kernels import cpu
 
-    if args.output not in ("md", "json"):
-        raise ConfigError(f"inspect has no output format {args.output}; use md or json")
-    isa = cpu.select_isa(args.isa)
+    isa = select_isa(args.isa)
     with open_for_description(model_path(args.model if args.file is None else args.file)) as file:
         summary = summarise(
             file, kv_format=args.kv_format, has_kernel=lambda type_: cpu.has_kernel(type_, isa)

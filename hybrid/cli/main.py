@@ -34,10 +34,13 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 failure, 2 usage, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # started with stdout closed
+        print("hybrid: there is no standard output to write to; use > /dev/null to drop it", file=sys.stderr)
+        return EXIT_FAILURE
     if not argv or argv[0] not in COMMANDS:
         return _without_command(argv)
     module = importlib.import_module(COMMANDS[argv[0]])
-    parser = argparse.ArgumentParser(prog=f"hybrid {argv[0]}", description=module.HELP, allow_abbrev=False)
+    parser = arguments.Parser(prog=f"hybrid {argv[0]}", description=module.HELP, allow_abbrev=False)
     module.add_arguments(parser)
     arguments.add_general(parser)
     try:
@@ -116,7 +119,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, HybridError):
         text = str(error)
     elif isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     elif isinstance(error, MemoryError):
         text = "out of memory"
     else:

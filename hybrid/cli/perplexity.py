@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "--chunks")
     arguments.flag(parser, "--kl-base")
     arguments.flag(parser, "--save-logprobs")
-    arguments.flag(parser, "-o", "--output", default="md")
-    arguments.add_runtime(parser)
+    arguments.flag(parser, "-o", "--output", default="md", choices=("md", "json"))
+    arguments.add_runtime(parser, context=f"tokens of a window (default: {_DEFAULT_CONTEXT})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
     from hybrid.forward import SingleSequence
     from hybrid.perplexity import cut_windows, evaluate
 
-    if args.output not in ("md", "json"):
-        raise ConfigError(f"perplexity has no output format {args.output}; use md or json")
     model, text_path = _inputs(args)
     text = read_text(text_path)
     n_ctx = args.ctx_size or _DEFAULT_CONTEXT

@@ -65,7 +65,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         except UnicodeDecodeError as error:
             raise ConfigError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
     if not prompt:
-        raise ConfigError("the prompt is empty")
+        raise ConfigError('the prompt is empty; give some text, as in `hybrid run "Once upon a time"`')
     return str(prompt)
 
 
@@ -114,11 +114,12 @@ def summary(output: RequestOutput) -> str:
     if metrics is None:
         return f"prompt {len(output.prompt_token_ids)} tokens; stopped before the first token"
     return (
-        f"prompt {metrics.num_prompt_tokens} tokens, {_rate(metrics.prompt_tokens_per_s)}; "
-        f"generated {metrics.num_generated_tokens} tokens, {_rate(metrics.generated_tokens_per_s)}; "
+        f"prompt {_rate(metrics.num_prompt_tokens, metrics.prompt_tokens_per_s)}; "
+        f"generated {_rate(metrics.num_generated_tokens, metrics.generated_tokens_per_s)}; "
         f"finished: {completion.finish_reason}"
     )
 
 
-def _rate(tokens_per_s: float | None) -> str:
-    return "- tokens/s" if tokens_per_s is None else f"{tokens_per_s:.2f} tokens/s"
+def _rate(count: int, tokens_per_s: float | None) -> str:
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return tokens if tokens_per_s is None else f"{tokens}, {tokens_per_s:.2f} tokens/s"

@@ -50,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ConfigError("synth needs the file to write: -o FILE")
     target = Path(args.out)
+    if target.is_dir():
+        raise ConfigError(f"-o: {target} is a folder; name a file in it, such as {target / args.preset}.gguf")
+    if not target.parent.is_dir():
+        raise ConfigError(f"-o: the folder {target.parent} does not exist; make it first")
     if target.exists() and not args.force:
         raise ConfigError(f"{target} exists; use --force to overwrite it")
     shape = resolve_shape(

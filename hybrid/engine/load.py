@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid import env
+from hybrid.backends.isa import select_isa
 from hybrid.chat import ChatTemplate
 from hybrid.config import CACHE_BYTES, DEFAULT_MAX_MODEL_LEN, EngineConfig, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.gguf import GGUFFile
-from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE
 from hybrid.kvcache.pool import blocks_for
 from hybrid.models.loader import load_model
@@ -71,6 +72,7 @@ def load(
         PlacementError, CapacityError: the rules are wrong, or the model does not fit.
         OSError: the file cannot be read.
     """
+    _check_process()
     path = model_path(model)
     isa = select_isa(options.isa)
     num_threads = options.num_threads or env.get("HYBRID_THREADS")
@@ -90,6 +92,7 @@ def load(
             num_threads=num_threads,
             kv_format=options.kv_format,
             progress=progress,
+            config=hparams,
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
@@ -99,17 +102,18 @@ def load(
     return LoadedModel(path, engine, tokenizer, template, placements, isa, loaded.num_threads)
 
 
-def select_isa(name: str | None) -> str:
-    """Make ``name``, ``HYBRID_ISA`` or the best of the host the ISA of this process.
+_loading_process: int | None = None  # the process that loaded a model first
 
-    Raises:
-        ConfigError: the host does not support it.
-    """
-    name = name or env.get("HYBRID_ISA")
-    try:
-        return str(cpu.select_isa(name))
-    except ValueError as error:
-        raise ConfigError(f"isa: {error}") from None
+
+def _check_process() -> None:
+    """Raise `ConfigError` in a child of a process that has loaded a model: after a fork torch hangs."""
+    global _loading_process
+    if _loading_process not in (None, os.getpid()):
+        raise ConfigError(
+            "this process was forked from one that has loaded a model, whose threads are missing here; "
+            'start it with multiprocessing.get_context("spawn")'
+        )
+    _loading_process = os.getpid()
 
 
 def engine_config(options: LoadOptions, limit: int) -> EngineConfig:

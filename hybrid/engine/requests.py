@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -25,9 +26,10 @@ class Request:
 
 
 class Requests:
-    """Adds requests to an engine and sorts what comes out. Several may be open at once."""
+    """Adds requests to an engine and sorts what comes out. Several may be open, from several threads."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._lock = threading.RLock()
         self._engine, self._tokenizer = engine, tokenizer
         self._ids = itertools.count()
         self._open: dict[str, Request] = {}
@@ -35,29 +37,34 @@ class Requests:
 
     def add(self, text: str | None, token_ids: list[int], params: SamplingParams) -> Request:
         """Queue a request; invalid ones raise `RequestError` here."""
-        self.check_open()
-        request_id = str(next(self._ids))
-        self._engine.add_request(request_id, token_ids, params)
-        detokenizer = self._tokenizer.detokenizer(
-            skip_special=params.skip_special_tokens, prompt_ids=token_ids
-        )
-        state = RequestState(request_id, text, token_ids, params, detokenizer, self._decode_one)
-        request = self._open[request_id] = Request(state)
-        return request
+        with self._lock:
+            self.check_open()
+            request_id = str(next(self._ids))
+            self._engine.add_request(request_id, token_ids, params)
+            detokenizer = self._tokenizer.detokenizer(
+                skip_special=params.skip_special_tokens, prompt_ids=token_ids
+            )
+            state = RequestState(request_id, text, token_ids, params, detokenizer, self._decode_one)
+            request = self._open[request_id] = Request(state)
+            return request
 
-    def step(self) -> None:
-        """One step of the engine."""
-        self.check_open()
-        for output in self._engine.step():
-            request = self._open[output.request_id]
-            request.new.append(request.state.update(output))
-            if request.state.finished:
-                self.drop(request)
+    def advance(self, request: Request) -> None:
+        """One step of the engine for all requests, unless ``request`` has ended or has outputs to take."""
+        with self._lock:
+            self.check_open()
+            if request.state.finished or request.new:
+                return
+            for output in self._engine.step():
+                advanced = self._open[output.request_id]
+                advanced.new.append(advanced.state.update(output))
+                if advanced.state.finished:
+                    self.drop(advanced)
 
     def drop(self, request: Request) -> None:
         """End a request; one that has ended is left alone."""
-        if self._open.pop(request.state.request_id, None) is not None:
-            self._engine.abort_request(request.state.request_id)
+        with self._lock:
+            if self._open.pop(request.state.request_id, None) is not None:
+                self._engine.abort_request(request.state.request_id)
 
     def is_open(self, request: Request) -> bool:
         return request.state.request_id in self._open
@@ -69,10 +76,11 @@ class Requests:
 
     def close(self) -> None:
         """Drop everything and free the engine. Calling it again does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._open.clear()
-            self._engine.close()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._open.clear()
+                self._engine.close()
 
     def _decode_one(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
@@ -88,7 +96,7 @@ class TokenStream(Iterator[RequestOutput]):
         while not self._request.new:
             if self._request.state.finished:
                 raise StopIteration
-            self._requests.step()
+            self._requests.advance(self._request)
         return self._request.new.popleft()
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ def load_model(
     num_threads: int | None = None,
     kv_format: CacheFormat = "f16",
     progress: Progress | None = None,
+    config: Any = None,
 ) -> Model:
     """Loads every tensor to the device the plan says, in the format it has.
 
@@ -86,13 +87,15 @@ def load_model(
         kv_format: how the cache holds its numbers.
         progress: called after each tensor with the bytes loaded and the bytes in all. What it raises ends
             the loading and leaves nothing behind.
+        config: the family's hyper-parameters where they have been read already.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
         PlacementError: tensors that belong together are on different devices, or a device is not there.
     """
     family = family_of(file)
-    config = family.read_config(file)
+    if config is None:
+        config = family.read_config(file)
     backends = create_backends(plan.devices, num_threads)
     try:
         check = WeightCheck(file, plan, backends)

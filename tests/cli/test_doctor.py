@@ -151,7 +151,7 @@ def test_isa_choice_is_the_best_supported_one() -> None:
 
 
 def test_unknown_isa() -> None:
-    with pytest.raises(ConfigError, match=r"--isa: .*sse9"):
+    with pytest.raises(ConfigError, match=r"sse9.*--isa"):
         run("--isa", "sse9")
 
 
@@ -189,6 +189,7 @@ def test_table_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "GB/s read by" in out
 
 
-def test_other_output_formats_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no output format csv"):
+def test_other_output_formats_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         run("-o", "csv")
+    assert "expected text or json, found 'csv'" in capsys.readouterr().err

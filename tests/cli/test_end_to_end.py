@@ -38,7 +38,7 @@ def test_a_prompt_is_continued_and_the_placement_told(run):
     assert out.strip()
     placement, rates = err.splitlines()
     assert placement.startswith("tiny.gguf: all ")
-    assert "ISA " in placement and "1 threads" in placement and placement.endswith("seed 1")
+    assert "ISA " in placement and "1 thread," in placement and placement.endswith("seed 1")
     assert "generated 8 tokens" in rates and rates.count("tokens/s") == 2
 
 

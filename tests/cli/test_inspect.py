@@ -236,9 +236,15 @@ def test_no_torch_is_loaded(tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_other_output_formats_are_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="no output format csv"):
+def test_other_output_formats_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         run(str(tiny), "-o", "csv")
+    assert "expected md or json, found 'csv'" in capsys.readouterr().err
+
+
+def test_unknown_isa(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="sse9"):
+        run(str(tiny), "--isa", "sse9")
 
 
 def test_numbers_and_tables() -> None:

@@ -88,7 +88,7 @@ def test_text_comes_from_stdin_too(
         (b"abc\xff", (), 2, "not UTF-8 at byte 3"),
         (b"short", (), 2, "fewer than one window of 512"),
         (b"short", ("-c", "3"), 2, "at least 4 tokens"),
-        (b"short", ("-o", "csv"), 2, "no output format csv"),
+        (b"short", ("-o", "csv"), 2, "expected md or json"),
         (b"short", ("third",), 2, "takes a model and a text, found 3"),
         (b"word " * 99, ("-c", "16", "--kl-base", "/nowhere"), 2, "/nowhere: cannot open"),
         (b"word " * 99, ("-c", "9999"), 2, "4096"),

@@ -80,13 +80,13 @@ def test_runs_without_a_seed_differ_and_say_theirs(fake_llm, capsys):
 @pytest.mark.parametrize(
     ("argv", "name"),
     [
-        (["--temp", "nan"], "temperature"),
-        (["--temp", "-1"], "temperature"),
-        (["--top-p", "0"], "top_p"),
-        (["--top-p", "1.5"], "top_p"),
-        (["--min-p", "2"], "min_p"),
-        (["--top-k", "-5"], "top_k"),
-        (["--repeat-penalty", "0"], "repetition_penalty"),
+        (["--temp", "nan"], "--temp:"),
+        (["--temp", "-1"], "--temp:"),
+        (["--top-p", "0"], "--top-p:"),
+        (["--top-p", "1.5"], "--top-p:"),
+        (["--min-p", "2"], "--min-p:"),
+        (["--top-k", "-5"], "--top-k:"),
+        (["--repeat-penalty", "0"], "--repeat-penalty:"),
         (["--stop", ""], "stop"),
         (["--seed", str(2**63)], "seed"),
         (["-n", "0"], "-n"),
@@ -100,12 +100,29 @@ def test_bad_sampling_values_are_usage_errors(fake_llm, capsys, argv, name):
     assert fake_llm.options is None, "the model was loaded before the values were checked"
 
 
+def test_words_without_quotes_are_explained(fake_llm, capsys):
+    assert main(["run", "-m", "x", "hi", "there"]) == 2
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: there" in error and "quotes" in error and error.count("\n") == 1
+
+
+def test_addresses_are_no_files(capsys):
+    assert main(["run", "-m", "https://example.com/x.gguf", "hi"]) == 2
+    assert "https://example.com/x.gguf; download it first" in capsys.readouterr().err
+
+
+def test_closed_stdout_is_one_line(fake_llm, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["run", "-m", "x", "hi"]) == 1
+    assert "no standard output" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_the_text_cleanly(fake_llm, capsys):
     fake_llm.pieces = ["Hel", KeyboardInterrupt, "lo"]
     assert main(["run", "-m", "x", "p"]) == 130
     captured = capsys.readouterr()
     assert captured.out == "Hel\n"
-    assert "generated 1 tokens" in captured.err
+    assert "generated 1 token;" in captured.err
     assert fake_llm.streams[0].closed
     assert fake_llm.closed
 
@@ -137,4 +154,4 @@ def test_a_terminal_gets_no_control_characters(fake_llm, monkeypatch, terminal, 
 def test_one_token_has_no_rate(fake_llm, capsys):
     fake_llm.pieces = ["a"]
     main(["run", "-m", "x", "p"])
-    assert "generated 1 tokens, - tokens/s" in capsys.readouterr().err
+    assert "generated 1 token; finished" in capsys.readouterr().err

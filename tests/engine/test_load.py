@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 
+from hybrid import LLM
 from hybrid.config import DEFAULT_MAX_MODEL_LEN, model_path
 from hybrid.engine.load import LoadOptions, available_memory, cache_bytes, check_memory, engine_config
 from hybrid.errors import CapacityError, ConfigError
@@ -26,6 +28,20 @@ def test_the_context_is_what_is_asked_for_or_a_limited_default():
 def test_bad_options_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         LoadOptions(**bad)
+
+
+def test_a_forked_child_is_told_to_be_spawned(tmp_path):
+    """torch's threads do not survive a fork: loading would hang."""
+    with LLM("demo", max_model_len=64):
+        child = os.fork()
+        if child == 0:
+            try:
+                LLM("demo", max_model_len=64)
+            except ConfigError as error:
+                (tmp_path / "message").write_text(str(error))
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert "spawn" in (tmp_path / "message").read_text()
 
 
 def test_the_cache_is_counted_in_whole_blocks():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hybrid.kernels import cpu
@@ -51,6 +53,14 @@ def test_batch_mates(tiny, reference):
     mates = [{"prompt_token_ids": [5, 6, 7]}, PROMPT, {"prompt_token_ids": [9] * 150}]
     outputs = run(tiny, mates, num_threads=2, max_num_seqs=3, max_num_batched_tokens=40)
     assert_same_bits(outputs[1], reference)
+
+
+def test_requests_of_several_threads(tiny, reference):
+    """They take turns: each gets the bits it gets alone."""
+    with LLM(tiny, max_model_len=256, num_threads=2, max_num_seqs=3) as llm, ThreadPoolExecutor(4) as threads:
+        tasks = [threads.submit(llm.generate, [PROMPT], PARAMS, use_tqdm=False) for _ in range(8)]
+        for task in tasks:
+            assert_same_bits(task.result(timeout=60)[0], reference)
 
 
 def test_the_best_isa_is_the_default(tiny):
