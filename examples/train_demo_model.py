@@ -32,6 +32,7 @@ args.work.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 words, stream = args.work / "tokenizer.json", args.work / "train.npy"
 if not stream.exists():
+    print("writing the training text and learning its vocabulary", flush=True)
     sample = islice(corpus.documents(seed=1), 20_000)
     tokenizer = vocabulary.train_vocabulary((d.text for d in sample), DemoConfig.vocab_size)
     tokenizer.save(str(words))

@@ -120,6 +120,8 @@ class Story:
 
     def fill(self, template: str) -> str:
         """A sentence from a template."""
+        if template.startswith("{He}") and self.rng.random() < 0.4:
+            template = template.replace("{He}", "{hero}", 1)
         text = PHRASE.sub(lambda m: f"[{SYNONYMS[m[1]]}]", choose_alternatives(template, self.rng))
         text = BARE_NOUN.sub(self._describe, choose_alternatives(text, self.rng))
         text = re.sub(r"<(\w+)(?::(\w+))?>", self._draw, text)
