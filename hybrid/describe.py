@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.errors import GGUFError
 from hybrid.gguf import GGUFFile, TensorInfo
-from hybrid.placement.roles import ROLES, layer_of, role_of
-
-_CACHE_ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+from hybrid.placement.active import ActiveShares, kv_bytes_per_token
+from hybrid.placement.roles import ROLES, role_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def summarise(
     Raises:
         GGUFError: the header contradicts itself (experts used exceed experts present).
     """
-    shares = _ActiveShares(file)
+    shares = ActiveShares(file)
     tensors = [_summarise_tensor(shares, info) for info in file.tensors.values()]
     return ModelSummary(
         architecture=file.architecture,
@@ -108,7 +106,7 @@ def summarise(
 
 def active_bytes(file: GGUFFile) -> int:
     """Bytes of weights one token reads."""
-    shares = _ActiveShares(file)
+    shares = ActiveShares(file)
     return round(sum(_summarise_tensor(shares, info).active_bytes for info in file.tensors.values()))
 
 
@@ -131,52 +129,7 @@ def open_for_description(path: str | os.PathLike[str]) -> GGUFFile:
     return GGUFFile.open(path)
 
 
-class _ActiveShares:
-    """Which part of each tensor of a file one token reads."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.names = file.tensors.keys()
-        key = f"{file.architecture}.expert_used_count"
-        used = file.metadata.get(key, 0)
-        self.num_experts = file.get(f"{file.architecture}.expert_count", int, default=0)
-        self.used_by_layer: dict[int, int] = {}
-        self.used = 0
-        nextn_layers = file.get(f"{file.architecture}.nextn_predict_layers", int, default=0)
-        # Next-token-prediction layers are the last ones, and `block_count` includes them.
-        self.num_layers = file.get(f"{file.architecture}.block_count", int, default=1 << 31) - nextn_layers
-        if isinstance(used, np.ndarray):
-            self.used_by_layer = {layer: int(count) for layer, count in enumerate(used)}
-        else:
-            self.used = file.get(key, int, default=0)
-        most = max(self.used_by_layer.values(), default=self.used)
-        if most > self.num_experts or (self.num_experts and not most):
-            raise GGUFError(
-                "experts used per token contradict the number of experts",
-                file=file.path,
-                key=key,
-                expected=f"1 to {self.num_experts}",
-                found=most,
-            )
-
-    def share(self, info: TensorInfo, role: str) -> float:
-        layer = layer_of(info.name)
-        layer = -1 if layer is None else layer
-        if role == "nextn" or self._is_unused_twin(info.name) or layer >= self.num_layers:
-            return 0.0
-        if role == "routed_experts" and self.num_experts:
-            return self.used_by_layer.get(layer, self.used) / self.num_experts
-        if role == "embedding" and len(info.shape) == 2:
-            one_row = 1 / info.shape[0]
-            tied = "output.weight" not in self.names
-            return 1.0 + one_row if tied else one_row
-        return 1.0
-
-    def _is_unused_twin(self, name: str) -> bool:
-        """Some files carry `attn_kv_b` beside its split halves; a token reads one of the two."""
-        return ".attn_kv_b." in name and name.replace(".attn_kv_b.", ".attn_k_b.") in self.names
-
-
-def _summarise_tensor(shares: _ActiveShares, info: TensorInfo) -> TensorSummary:
+def _summarise_tensor(shares: ActiveShares, info: TensorInfo) -> TensorSummary:
     role = role_of(info.name)
     share = shares.share(info, role)
     return TensorSummary(info, role, info.n_bytes * share, info.n_elements * share)
@@ -195,29 +148,6 @@ def _summarise_role(role: str, tensors: list[TensorSummary]) -> RoleSummary:
         active_bytes=sum(t.active_bytes for t in mine),
         formats=dict(formats.most_common()),
     )
-
-
-def kv_bytes_per_token(file: GGUFFile, kv_format: str = "f16") -> int | None:
-    """Bytes one token adds to the cache over all layers; None if the header lacks the head sizes.
-
-    A latent (MLA) cache holds one row of ``kv_lora_rank + rope`` for each layer, others a key and a value
-    of each key/value head.
-    """
-    prefix = file.architecture
-    layers = file.get(f"{prefix}.block_count", int, default=0)
-    layers -= file.get(f"{prefix}.nextn_predict_layers", int, default=0)
-    element = _CACHE_ELEMENT_BYTES[kv_format]
-    latent = file.get(f"{prefix}.attention.kv_lora_rank", int, default=0)
-    if latent:
-        rope = file.get(f"{prefix}.rope.dimension_count", int, default=None)
-        return None if rope is None else layers * (latent + rope) * element
-    heads = file.metadata.get(f"{prefix}.attention.head_count_kv")
-    key = file.get(f"{prefix}.attention.key_length", int, default=None)
-    value = file.get(f"{prefix}.attention.value_length", int, default=None)
-    if heads is None or key is None or value is None:
-        return None
-    all_heads = int(heads.sum()) if isinstance(heads, np.ndarray) else layers * int(heads)
-    return all_heads * (key + value) * element
 
 
 def shorten(value: Any, limit: int = 6) -> Any:

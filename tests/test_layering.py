@@ -25,7 +25,7 @@ LEVELS = (
     ("hybrid.moe",),
     ("hybrid.backends",),
     ("hybrid.kvcache",),
-    ("hybrid.describe", "hybrid.synth"),
+    ("hybrid.describe", "hybrid.synth", "hybrid.calibration"),
     ("hybrid.placement", "hybrid.chat", "hybrid.logprob_file"),
     ("hybrid.tokenizer",),
     ("hybrid.gguf",),
@@ -35,6 +35,7 @@ LEVELS = (
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 KERNEL_USERS = {
     *("hybrid.backends", "hybrid.engine", "hybrid.bench", "hybrid.doctor", "hybrid.moe", "hybrid.quantize"),
+    "hybrid.calibration",
     "hybrid.cli",  # which ISA there is; the modules named above do the rest
 }
 # Packages that a part must not import, directly or through others.

@@ -11,15 +11,15 @@ from typing import Any
 
 from hybrid import env
 from hybrid.backends.isa import select_isa
+from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
 from hybrid.config import CACHE_BYTES, DEFAULT_MAX_MODEL_LEN, EngineConfig, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
-from hybrid.errors import CapacityError, ConfigError
+from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
-from hybrid.kvcache.blocks import BLOCK_SIZE
-from hybrid.kvcache.pool import blocks_for
 from hybrid.models.loader import load_model
 from hybrid.models.registry import family_of
+from hybrid.placement.memory import RunSize
 from hybrid.placement.planner import Plan, plan
 from hybrid.tokenizer import Tokenizer
 
@@ -81,10 +81,10 @@ def load(
         config = engine_config(options, hparams.max_position_embeddings)
         tokenizer = Tokenizer.from_gguf(file)
         tokenizer.check_embedding(hparams.vocab_size)
-        placements = plan(file, options.rules)
-        check_memory(
-            placements.bytes_on("cpu"), cache_bytes(hparams, config, options.kv_format), available_memory()
+        size = RunSize(
+            config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, options.kv_format
         )
+        placements = plan(file, options.rules, machine=this_machine(num_threads, isa), size=size)
         loaded = load_model(
             file,
             plan=placements,
@@ -131,34 +131,3 @@ def engine_config(options: LoadOptions, limit: int) -> EngineConfig:
     )
     check_context(config, limit)
     return config
-
-
-def cache_bytes(hparams: Any, config: EngineConfig, kv_format: KVFormat) -> int:
-    """Bytes of the cache of all requests that run at once."""
-    num_tokens = config.max_num_seqs * blocks_for(config.max_model_len) * BLOCK_SIZE
-    return int(num_tokens * hparams.num_layers * hparams.cache_width * CACHE_BYTES[kv_format])
-
-
-def check_memory(weight_bytes: int, kv_bytes: int, available: int | None) -> None:
-    """Refuse what cannot fit before anything is read.
-
-    Raises:
-        CapacityError: weights and cache need more than ``available`` bytes (``None``: not known).
-    """
-    if available is not None and weight_bytes + kv_bytes > available:
-        raise CapacityError(
-            f"the model does not fit in memory: weights {weight_bytes / 2**30:.2f} GiB + KV cache "
-            f"{kv_bytes / 2**30:.2f} GiB, available {available / 2**30:.2f} GiB. Take a smaller file or a "
-            "shorter context (max_model_len, -c)"
-        )
-
-
-def available_memory() -> int | None:
-    """Bytes the kernel would give without swapping; ``None`` where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    kilobytes = fields.get("MemAvailable", "").split()
-    return int(kilobytes[0]) * 1024 if kilobytes else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_SIZE = 64  # tokens per cache block; a power of two, and a divisor of the 512-token KV split
+from hybrid.config import BLOCK_SIZE as BLOCK_SIZE
 
 
 @dataclass(frozen=True)

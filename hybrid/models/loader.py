@@ -23,13 +23,20 @@ class Model:
         config: the family's frozen dataclass; has ``vocab_size``, ``hidden_size``, ``num_layers`` and
             ``max_position_embeddings``.
         plan: where its tensors are.
+        weight_bytes: device -> bytes its weights take there, as counted while loading.
         num_threads: CPU workers, the calling thread among them; 0 where no tensor is on the CPU.
     """
 
     def __init__(
-        self, network: Any, plan: Plan, backends: dict[str, Backend], kv_format: CacheFormat
+        self,
+        network: Any,
+        plan: Plan,
+        backends: dict[str, Backend],
+        kv_format: CacheFormat,
+        weight_bytes: dict[str, int],
     ) -> None:
         self.config = network.config
+        self.weight_bytes = weight_bytes
         self.plan = plan
         self.kv_format = kv_format
         self._network, self._backends = network, backends
@@ -101,10 +108,11 @@ def load_model(
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
         check.finish(config.num_layers)
-        network = family.load(config, WeightLoader(file, plan, backends, check.used, progress), max_model_len)
+        loader = WeightLoader(file, plan, backends, check.used, progress)
+        network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format)
+    return Model(network, plan, backends, kv_format, loader.loaded_bytes)

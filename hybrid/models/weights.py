@@ -175,7 +175,10 @@ class WeightCheck(Weights):
 
 
 class WeightLoader(Weights):
-    """Reads tensors to their backends, reporting bytes done and bytes in all."""
+    """Reads tensors to their backends, reporting bytes done and bytes in all.
+
+    ``loaded_bytes``: device -> bytes its weights take there.
+    """
 
     def __init__(
         self,
@@ -188,15 +191,18 @@ class WeightLoader(Weights):
         super().__init__(file, plan, backends)
         self._progress = progress or (lambda done, total: None)
         self._reported: set[str] = set()
+        self.loaded_bytes = dict.fromkeys(backends, 0)
         self._done_bytes, self._total_bytes = 0, sum(file.tensors[name].n_bytes for name in needed)
 
     def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
         vector = backend.load_vector(source)
+        self.loaded_bytes[backend.name] += vector.nbytes
         self._report(source.info)
         return vector
 
     def _matrix(self, backend: Backend, source: TensorSource) -> Any:
         weight = backend.load_matrix(source)
+        self.loaded_bytes[backend.name] += backend.weight_bytes(weight)
         self._report(source.info)
         return weight
 

@@ -2,47 +2,151 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import PlacementError
-from hybrid.gguf import GGUFFile
+from hybrid.errors import CapacityError, PlacementError
+from hybrid.gguf import GGMLType, GGUFFile
+from hybrid.placement.auto import CPU, place_open
+from hybrid.placement.capabilities import kind_of
+from hybrid.placement.cost import predict
+from hybrid.placement.machine import Machine
+from hybrid.placement.memory import DeviceMemory, RunSize, Tensor, memory_of, read_model
 from hybrid.placement.plan import Placement, Plan
-from hybrid.placement.rules import RuleSet, load_rules
+from hybrid.placement.refusal import refusal
+from hybrid.placement.rules import Rule, RuleSet, load_rules
 
 __all__ = ["Placement", "Plan", "plan"]
 
 AUTO = "auto"
+_CONTEXT_STEP = 256  # fitted contexts are multiples of it
+_SMALLEST_BATCH = 64
 
 
-def plan(file: GGUFFile, rules: str | Path | dict[str, Any] = AUTO) -> Plan:
-    """Places every tensor of ``file``: the first rule that matches decides, the rest goes to the CPU.
+def plan(
+    file: GGUFFile,
+    rules: str | Path | dict[str, Any] = AUTO,
+    *,
+    machine: Machine | None = None,
+    size: RunSize | None = None,
+    fit: bool = False,
+) -> Plan:
+    """Places every tensor of ``file``: the first rule that matches decides, `place_open` does the rest.
+
+    Args:
+        machine: whose devices and budgets count; a CPU with unknown memory if not given.
+        size: what the run is sized for.
+        fit: shorten the context, and then the batch, until everything fits.
 
     Raises:
         PlacementError: the rules are malformed, are for another architecture, or one of them matches nothing.
+        CapacityError: a device's budget is exceeded; the message holds the table and what would fit.
+        GGUFError: the header contradicts itself.
     """
-    if rules == AUTO:
-        return Plan({name: Placement("cpu", AUTO, info.n_bytes) for name, info in file.tensors.items()})
-    rule_set = load_rules(rules)
-    _check_architecture(rule_set, file)
+    return Planner(file, rules, machine or Machine()).plan(size or RunSize(), fit=fit)
+
+
+class Planner:
+    """Plans of one file under one set of rules, for any size."""
+
+    def __init__(self, file: GGUFFile, rules: str | Path | dict[str, Any], machine: Machine) -> None:
+        self.machine = machine
+        self.model = read_model(file)
+        self.rule_set = None if rules == AUTO else load_rules(rules)
+        self._chosen: dict[str, Rule] = {}
+        if self.rule_set is not None:
+            _check_architecture(self.rule_set, file)
+            self._chosen = choose_rules(self.rule_set, file)
+
+    def plan(self, size: RunSize, *, fit: bool = False) -> Plan:
+        """See `plan`."""
+        found = self.draft(size)
+        if fit and _missing(found):
+            found = self.draft(self.largest_fitting(size))
+        if _missing(found):
+            raise CapacityError(refusal(self, found))
+        return replace(found, prediction=predict(self.model, found.placements, self.machine, found.size))
+
+    def draft(self, size: RunSize) -> Plan:
+        """Placements and bytes, whether they fit or not."""
+        mode = "none"
+        if self.machine.numa and self.machine.num_nodes > 1:
+            mode = "replicate"
+        found = self._draft(size, mode)
+        if mode == "replicate" and found.memory[CPU].missing_bytes:
+            found = self._draft(size, "shard")
+        return found
+
+    def largest_fitting(self, size: RunSize) -> RunSize:
+        """The longest context that fits, with smaller batches where none does; ``size`` if nothing does."""
+        batch = size.max_num_batched_tokens
+        while True:
+            smaller = replace(size, max_num_batched_tokens=batch)
+            context = self._largest_context(smaller)
+            if context:
+                return replace(smaller, max_model_len=context)
+            if batch // 2 < max(_SMALLEST_BATCH, size.max_num_seqs):
+                return size
+            batch //= 2
+
+    def _largest_context(self, size: RunSize) -> int:
+        low, high = 0, size.max_model_len // _CONTEXT_STEP + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = replace(size, max_model_len=middle * _CONTEXT_STEP)
+            low, high = (low, middle) if _missing(self.draft(trial)) else (middle, high)
+        return low * _CONTEXT_STEP
+
+    def _draft(self, size: RunSize, numa: str) -> Plan:
+        fixed = {
+            tensor.name: self._placement(tensor, rule.device, rule.origin, numa, rule)
+            for tensor in self.model.tensors
+            if (rule := self._chosen.get(tensor.name)) is not None
+        }
+        devices = place_open(self.model, fixed, self.machine, size)
+        placements = {
+            t.name: fixed.get(t.name) or self._placement(t, devices[t.name], AUTO, numa, None)
+            for t in self.model.tensors
+        }
+        budgets = [(device.name, device.budget_bytes) for device in self.machine.devices]
+        memory = memory_of(self.model, placements, budgets, size, self.machine.num_threads)
+        return Plan(placements, memory, size, self.machine)
+
+    def _placement(self, tensor: Tensor, device: str, origin: str, numa: str, rule: Rule | None) -> Placement:
+        mode = numa if kind_of(device) == "cpu" else "none"
+        format_: GGMLType | None = None
+        copies = self.machine.num_nodes if mode == "replicate" else 1
+        n_bytes = tensor.bytes_on(kind_of(device), format_) * copies
+        return Placement(device, origin, n_bytes, mode, None)
+
+
+def choose_rules(rule_set: RuleSet, file: GGUFFile) -> dict[str, Rule]:
+    """Tensor -> the first rule that matches it.
+
+    Raises:
+        PlacementError: a rule matches nothing, or nothing that an earlier one left.
+    """
     used: set[int] = set()
     reached: set[int] = set()
-    placements: dict[str, Placement] = {}
-    for name, info in file.tensors.items():
+    chosen: dict[str, Rule] = {}
+    for name in file.tensors:
         fitting = [index for index, rule in enumerate(rule_set.rules) if rule.matches(name)]
         reached.update(fitting)
         if fitting:
             used.add(fitting[0])
-            rule = rule_set.rules[fitting[0]]
-            placements[name] = Placement(rule.device, rule.origin, info.n_bytes)
-        else:
-            placements[name] = Placement("cpu", AUTO, info.n_bytes)
+            chosen[name] = rule_set.rules[fitting[0]]
     for index, rule in enumerate(rule_set.rules):
         if index not in reached:
             raise PlacementError(f"{rule.origin}: this rule matches no tensor of {file.path.name}")
         if index not in used:
             raise PlacementError(f"{rule.origin}: every tensor this rule matches is taken by an earlier rule")
-    return Plan(placements)
+    return chosen
+
+
+def _missing(found: Plan) -> list[DeviceMemory]:
+    """Devices whose budget is exceeded."""
+    return [memory for memory in found.memory.values() if memory.missing_bytes]
 
 
 def _check_architecture(rule_set: RuleSet, file: GGUFFile) -> None:

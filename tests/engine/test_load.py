@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 
-from hybrid import LLM
+from hybrid import LLM, calibration
 from hybrid.config import DEFAULT_MAX_MODEL_LEN, model_path
-from hybrid.engine.load import LoadOptions, available_memory, cache_bytes, check_memory, engine_config
+from hybrid.engine.load import LoadOptions, engine_config, load
 from hybrid.errors import CapacityError, ConfigError
+from hybrid.gguf import GGUFFile
 
 
 def test_the_context_is_what_is_asked_for_or_a_limited_default():
@@ -44,23 +44,13 @@ def test_a_forked_child_is_told_to_be_spawned(tmp_path):
     assert "spawn" in (tmp_path / "message").read_text()
 
 
-def test_the_cache_is_counted_in_whole_blocks():
-    hparams = SimpleNamespace(num_layers=3, cache_width=576)
-    config = engine_config(LoadOptions(max_model_len=65, max_num_seqs=2), 4096)
-    assert cache_bytes(hparams, config, "f16") == 2 * 128 * 3 * 576 * 2
-    assert cache_bytes(hparams, config, "f32") == 2 * 128 * 3 * 576 * 4
-
-
-def test_a_model_that_does_not_fit_is_refused_with_the_sums():
-    gib = 2**30
-    check_memory(6 * gib, 2 * gib, 8 * gib)
-    check_memory(6 * gib, 2 * gib, None)
-    with pytest.raises(CapacityError, match=r"6\.00 GiB.*2\.00 GiB.*7\.50 GiB"):
-        check_memory(6 * gib, 2 * gib, int(7.5 * gib))
-
-
-def test_this_machine_says_what_it_has():
-    assert available_memory() > 2**28
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(calibration, "available_memory", lambda: calibration.RAM_MARGIN_BYTES + (8 << 20))
+    read = []
+    monkeypatch.setattr(GGUFFile, "read_into", lambda *args: read.append(args))
+    with pytest.raises(CapacityError, match=r"does not fit on cpu: cpu: weights .* budget 8\.0 MiB"):
+        load(None, LoadOptions(max_model_len=512))
+    assert not read
 
 
 def test_names_of_models(tmp_path):

@@ -1,0 +1,203 @@
+"""This machine as the planner sees it: memory, threads, and rates measured once and kept in a cache file.
+
+Rates depend on the processor, the number of threads and the ISA, which name the file:
+``$XDG_CACHE_HOME/hybrid/rates-*.json``. `hybrid doctor` measures anew; `hybrid bench` adds the formats of its
+model; plans use what is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from hybrid.gguf import TRAITS, GGMLType
+from hybrid.kernels import cpu
+from hybrid.placement.capabilities import CPU_FORMATS
+from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
+
+# Tokens of a product for which weights are timed: decoding, an expert's share of a prompt, a prompt.
+TOKENS = (1, 16, 128)
+COMMON_FORMATS = (GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.Q4_K, GGMLType.F32)
+_ROWS, _COLS = 4096, 4096
+_BATCH_BYTES = 96 << 20  # of weights read in turn: more than last-level caches
+_SECONDS = 0.05
+_HEADS, _LATENT, _ROPE, _KEYS = 16, 512, 64, 2048
+
+
+def available_memory() -> int | None:
+    """Bytes the kernel would give without swapping; ``None`` where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    kilobytes = fields.get("MemAvailable", "").split()
+    return int(kilobytes[0]) * 1024 if kilobytes else None
+
+
+def this_machine(num_threads: int | None = None, isa: str | None = None) -> Machine:
+    """The CPU this process may use, with the memory that is free less a margin, and rates if measured."""
+    threads = num_threads or len(cpu.physical_cores())
+    isa = isa or cpu.current_isa()
+    free = available_memory()
+    budget = None if free is None else max(free - RAM_MARGIN_BYTES, 0)
+    return Machine((Device("cpu", budget),), num_threads=threads, isa=isa, rates=read_rates(threads, isa))
+
+
+def rates_path(num_threads: int, isa: str) -> Path:
+    """The file that holds this processor's rates."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    processor = hashlib.sha256(processor_name().encode()).hexdigest()[:8]
+    return Path(base) / "hybrid" / f"rates-{processor}-{num_threads}-{isa}.json"
+
+
+def processor_name() -> str:
+    """What /proc/cpuinfo calls it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.machine()
+
+
+def read_rates(num_threads: int, isa: str) -> Rates | None:
+    """Rates measured before; ``None`` where there are none, or the file is not ours."""
+    try:
+        found = json.loads(rates_path(num_threads, isa).read_text())
+        weight_s = {
+            str(name): {int(tokens): float(seconds) for tokens, seconds in points.items()}
+            for name, points in found["weight_s"].items()
+        }
+        return Rates(
+            float(found["read_bandwidth"]),
+            float(found["call_s"]),
+            float(found["attention_macs"]),
+            weight_s,
+            num_threads,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_rates(rates: Rates, isa: str) -> None:
+    """Keep rates for later plans; a folder that cannot be written is no failure."""
+    path = rates_path(rates.num_threads, isa)
+    content = {
+        "processor": processor_name(),
+        "read_bandwidth": rates.read_bandwidth,
+        "call_s": rates.call_s,
+        "attention_macs": rates.attention_macs,
+        "weight_s": rates.weight_s,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(content, file, indent=1)
+        Path(file.name).replace(path)
+    except OSError:
+        return
+
+
+def calibrate(
+    num_threads: int,
+    read_bandwidth: float,
+    formats: Iterable[GGMLType] = COMMON_FORMATS,
+    *,
+    known: Rates | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Rates:
+    """Measures formats that ``known`` lacks (all without it), with the current ISA, and keeps the result."""
+    physical = cpu.physical_cores()
+    pool = cpu.ThreadPool(num_threads, physical[:num_threads] if num_threads <= len(physical) else [])
+    weight_s = {} if known is None else dict(known.weight_s)
+    isa = cpu.current_isa()
+    for format_ in formats:
+        if format_ in CPU_FORMATS and format_.name not in weight_s:
+            announce(f"measuring products with {format_.name}")
+            weight_s[format_.name] = measure_weights(pool, format_)
+    call_s = measure_call(pool) if known is None else known.call_s
+    attention = measure_attention(pool) if known is None else known.attention_macs
+    rates = Rates(read_bandwidth, call_s, attention, weight_s, num_threads)
+    write_rates(rates, isa)
+    return rates
+
+
+def measure_weights(pool: cpu.ThreadPool, format_: GGMLType) -> dict[int, float]:
+    """Tokens -> seconds for one weight, of a product whose weights come from RAM. Zeroes take as long."""
+    traits = TRAITS[format_]
+    row_bytes = _COLS // traits.block_size * traits.block_bytes
+    count = max(1, -(-_BATCH_BYTES // (_ROWS * row_bytes)))
+    matrices = [cpu.PackedMatrix(int(format_), 1, _ROWS, _COLS) for _ in range(count)]
+    zeros = np.zeros(_ROWS * row_bytes, np.uint8)
+    for matrix in matrices:
+        matrix.pack_rows(pool, 0, 0, _ROWS, _address(zeros))
+    found = {}
+    for tokens in TOKENS:
+        x = np.ones((tokens, _COLS), np.float32)
+        out = np.empty((tokens, _ROWS), np.float32)
+
+        def step(index: int, tokens: int = tokens, x: _Array = x, out: _Array = out) -> None:
+            matrix = matrices[index % count]
+            cpu.linear(pool, matrix, _address(x), tokens, _COLS, _address(out), _ROWS)
+
+        found[tokens] = _median_seconds(step, least=count) / (_ROWS * _COLS)
+    return found
+
+
+def measure_call(pool: cpu.ThreadPool) -> float:
+    """Seconds of an operation that has next to nothing to do."""
+    matrix = cpu.PackedMatrix(int(GGMLType.F32), 1, 64, 64)
+    x, out = np.zeros(64, np.float32), np.empty(64, np.float32)
+    return _median_seconds(
+        lambda _: cpu.linear(pool, matrix, _address(x), 1, 64, _address(out), 64), least=50
+    )
+
+
+def measure_attention(pool: cpu.ThreadPool) -> float:
+    """Multiply-adds per second of one token's latent attention over 2048 others."""
+    head_dim, width, num_blocks = 192, _LATENT + _ROPE, _KEYS // 64
+    q = np.zeros((_HEADS, head_dim), np.float32)
+    latent = np.zeros((_HEADS, _LATENT), np.float32)
+    cache = np.zeros((_KEYS, width), np.float16)
+    out = np.empty_like(latent)
+    positions, starts = np.array([_KEYS - 1], np.int32), np.array([0, 1], np.int32)
+    lengths, tables = np.array([_KEYS], np.int32), np.arange(num_blocks, dtype=np.int32)
+
+    def step(_: int) -> None:
+        cpu.mla_attention(
+            pool, _address(q), _address(latent), 1, _HEADS, head_dim, _address(cache), "f16", num_blocks,
+            _LATENT, _ROPE, 1, _address(positions), _address(starts), _address(lengths), _address(tables),
+            num_blocks, 1.0, _address(out),
+        )  # fmt: skip
+
+    return _KEYS * _HEADS * (width + _LATENT) / _median_seconds(step, least=3)
+
+
+_Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+def _address(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> int:
+    return int(array.ctypes.data_as(ctypes.c_void_p).value or 0)
+
+
+def _median_seconds(step: Callable[[int], None], *, least: int) -> float:
+    """Median time of a call, of at least ``least`` calls and for some time."""
+    step(0)
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < least or time.perf_counter() - begin < _SECONDS:
+        start = time.perf_counter()
+        step(len(samples))
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)

@@ -1,0 +1,110 @@
+"""What each kind of device can compute with, and how many bytes weights and cache take there.
+
+A pure table: the planner asks it about machines that are not this one. Tests prove the CPU part equal to the
+kernels' own table and to the bytes of packed matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from hybrid.gguf import DEQUANTIZABLE, TRAITS, GGMLType
+
+ISAS = ("scalar", "avx2", "avx512vnni")
+GROUP_ROWS = 16  # rows that are packed together; the last group of a matrix is padded
+
+# Every ISA has a kernel for each of these. Float weights multiply float32 activations, the others int8.
+FLOAT_FORMATS = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
+CPU_FORMATS = FLOAT_FORMATS | {
+    GGMLType.Q4_0,
+    GGMLType.Q4_1,
+    GGMLType.Q5_0,
+    GGMLType.Q5_1,
+    GGMLType.Q8_0,
+    GGMLType.Q2_K,
+    GGMLType.Q3_K,
+    GGMLType.Q4_K,
+    GGMLType.Q5_K,
+    GGMLType.Q6_K,
+    GGMLType.IQ1_S,
+    GGMLType.IQ1_M,
+    GGMLType.IQ2_XXS,
+    GGMLType.IQ2_XS,
+    GGMLType.IQ2_S,
+    GGMLType.IQ3_XXS,
+    GGMLType.IQ3_S,
+    GGMLType.IQ4_NL,
+    GGMLType.IQ4_XS,
+    GGMLType.TQ1_0,
+    GGMLType.TQ2_0,
+    GGMLType.MXFP4,
+}
+CUDA_FORMATS = frozenset(
+    {
+        GGMLType.F16,
+        GGMLType.BF16,
+        GGMLType.F32,
+        GGMLType.Q8_0,
+        GGMLType.Q6_K,
+        GGMLType.Q5_K,
+        GGMLType.Q4_K,
+        GGMLType.Q3_K,
+        GGMLType.Q2_K,
+        GGMLType.Q4_0,
+        GGMLType.Q5_0,
+        GGMLType.IQ4_XS,
+        GGMLType.IQ4_NL,
+    }
+)
+
+# Columns of a row must be a multiple of this where it is not the format's own block.
+_PACKED_COLUMNS = {GGMLType.BF16: 2}
+
+_CACHE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8}
+CACHE_FORMATS = tuple(_CACHE_BITS)
+_Q8_BLOCK = 32  # numbers that share a float16 scale in a q8_0 cache row
+
+
+def kind_of(device: str) -> str:
+    """``cpu``, ``cuda`` or ``fake``: a device's name up to its number."""
+    return device.partition(":")[0]
+
+
+def can_multiply(format_: GGMLType, kind: str, isa: str = "scalar") -> bool:
+    """Whether a device of this kind has kernels for matrices of a format. ``isa`` is asked of CPUs alone."""
+    if kind == "cpu":
+        return isa in ISAS and format_ in CPU_FORMATS
+    return format_ in (CUDA_FORMATS if kind == "cuda" else DEQUANTIZABLE)
+
+
+def block_cols(format_: GGMLType) -> int:
+    """Columns a row of a packed matrix is a multiple of."""
+    return _PACKED_COLUMNS.get(format_, TRAITS[format_].block_size)
+
+
+def matrix_bytes(format_: GGMLType, kind: str, shape: Sequence[int]) -> int:
+    """Bytes of a matrix stack ``[batch, rows, cols]`` on a device.
+
+    On the CPU the rows of each matrix are padded to groups of 16; GPUs take the file's blocks; the test
+    device ``fake`` keeps float32.
+    """
+    batch, rows, cols = shape
+    if kind == "fake":
+        return prod(shape) * 4
+    traits = TRAITS[format_]
+    row_bytes = cols // traits.block_size * traits.block_bytes + traits.row_meta_bytes
+    if kind == "cpu":
+        rows = -(-rows // GROUP_ROWS) * GROUP_ROWS
+    return batch * rows * row_bytes
+
+
+def vector_bytes(num_elements: int) -> int:
+    """Norms and biases are float32 everywhere."""
+    return num_elements * 4
+
+
+def cache_row_bytes(width: int, format_: str) -> int:
+    """Bytes of a cache row of ``width`` numbers; ``q8_0`` has a float16 scale for every 32 of them."""
+    scales = -(-width // _Q8_BLOCK) * 2 if format_ == "q8_0" else 0
+    return width * _CACHE_BITS[format_] // 8 + scales

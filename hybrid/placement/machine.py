@@ -1,0 +1,88 @@
+"""The machine a plan is for: this one or an imagined one. Plain values; who fills them in is elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from hybrid.placement.capabilities import kind_of
+
+GIB = 1 << 30
+
+# What is left to the system and to this process's own libraries where a budget is not given but is the
+# memory that is free.
+RAM_MARGIN_BYTES = GIB // 2
+VRAM_MARGIN_BYTES = GIB // 2
+
+# Bytes per second where neither measured nor given: two channels of DDR5 at 80 % of 83 GB/s, an RTX 3090,
+# PCIe 4.0 x16.
+DEFAULT_RAM_BANDWIDTH = 67e9
+DEFAULT_VRAM_BANDWIDTH = 936e9
+DEFAULT_PCIE_BANDWIDTH = 25e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """``budget_bytes`` may be used in all, ``None``: not known. ``read_bandwidth``: bytes per second, of one
+    NUMA node for the CPU; ``None``: see `Rates` and the defaults above."""
+
+    name: str
+    budget_bytes: int | None = None
+    read_bandwidth: float | None = None
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.name)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a CPU was measured to do with all its threads, by `hybrid.calibration`.
+
+    Attributes:
+        read_bandwidth: bytes per second of RAM, all nodes together.
+        call_s: seconds an operation takes besides its arithmetic.
+        attention_macs: multiply-adds per second of latent attention over a long cache, one token at a time.
+        weight_s: format -> tokens of a product -> seconds for one weight, from RAM.
+        num_threads: threads all of it was measured with.
+    """
+
+    read_bandwidth: float
+    call_s: float
+    attention_macs: float
+    weight_s: dict[str, dict[int, float]]
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``devices`` hold the CPU first. ``numa`` says whether copies for each node may be chosen; rates are
+    those measured on this machine, ``None`` where there are none."""
+
+    devices: tuple[Device, ...] = (Device("cpu"),)
+    num_nodes: int = 1
+    num_threads: int = 1
+    isa: str = "avx2"
+    numa: bool = False
+    imagined: bool = False
+    pcie_bandwidth: float = DEFAULT_PCIE_BANDWIDTH
+    rates: Rates | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def device(self, name: str) -> Device | None:
+        return next((device for device in self.devices if device.name == name), None)
+
+    @property
+    def cpu(self) -> Device:
+        return self.device("cpu") or Device("cpu")
+
+    @property
+    def gpus(self) -> tuple[Device, ...]:
+        return tuple(device for device in self.devices if device.kind == "cuda")
+
+    def with_budget(self, name: str, budget_bytes: int) -> Machine:
+        """The machine with another budget of a device, which is added if there is none of the name."""
+        found = self.device(name)
+        if found is None:
+            return replace(self, devices=(*self.devices, Device(name, budget_bytes)))
+        changed = replace(found, budget_bytes=budget_bytes)
+        return replace(self, devices=tuple(changed if d is found else d for d in self.devices))

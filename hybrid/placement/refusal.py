@@ -1,0 +1,98 @@
+"""The message for a plan that does not fit: the sums, and the smallest changes that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hybrid.placement.capabilities import CACHE_FORMATS, cache_row_bytes, kind_of
+
+if TYPE_CHECKING:
+    from hybrid.placement.memory import DeviceMemory, RunSize
+    from hybrid.placement.plan import Plan
+    from hybrid.placement.planner import Planner
+
+_GIB = 1 << 30
+_RUNNABLE_CACHE_FORMATS = ("f32", "f16", "bf16")
+_SMALLEST_BATCH = 64
+
+
+def refusal(planner: Planner, found: Plan) -> str:
+    """What is exceeded, by how much, and what would help. Each change is tried before it is named."""
+    rows = [_sums(memory) for memory in found.memory.values() if memory.total_bytes]
+    over = [memory.device for memory in found.memory.values() if memory.missing_bytes]
+    changes = list(_changes(planner, found)) or ["a smaller file"]
+    return (
+        f"the model does not fit on {', '.join(over)}: {'; '.join(rows)}. "
+        f"Any one of these would: {'; '.join(changes)}"
+    )
+
+
+def _sums(memory: DeviceMemory) -> str:
+    budget = "unknown" if memory.budget_bytes is None else gib(memory.budget_bytes)
+    over = f", {gib(memory.missing_bytes)} too much" if memory.missing_bytes else ""
+    return (
+        f"{memory.device}: weights {gib(memory.weights_bytes)} + KV cache {gib(memory.kv_cache_bytes)} + "
+        f"working memory {gib(memory.scratch_bytes)} = {gib(memory.total_bytes)}, budget {budget}{over}"
+    )
+
+
+def _changes(planner: Planner, found: Plan) -> Iterator[str]:
+    size = found.size
+    fitted = planner.largest_fitting(size)
+    if fitted != size:
+        batch = ""
+        if fitted.max_num_batched_tokens != size.max_num_batched_tokens:
+            batch = f" and {fitted.max_num_batched_tokens} tokens at once"
+        yield f"a context of {fitted.max_model_len} tokens (-c {fitted.max_model_len}){batch}"
+    for format_ in _smaller_formats(size.kv_format):
+        if _fits(planner, replace(size, kv_format=format_)):
+            yield f"a cache of {format_} (--kv-format {format_})"
+            break
+    batch = size.max_num_batched_tokens // 2
+    while batch >= max(_SMALLEST_BATCH, size.max_num_seqs):
+        if _fits(planner, replace(size, max_num_batched_tokens=batch)):
+            yield f"{batch} tokens at once (max_num_batched_tokens, -ub)"
+            break
+        batch //= 2
+    yield from _more_memory(planner, found)
+
+
+def _more_memory(planner: Planner, found: Plan) -> Iterator[str]:
+    for memory in found.memory.values():
+        if not memory.missing_bytes:
+            continue
+        if kind_of(memory.device) == "cpu":
+            yield f"{gib(memory.missing_bytes)} less of weights, by a smaller file, or more RAM"
+        else:
+            per_layer = _largest_open(found, memory.device)
+            yield (
+                f"rules that take {gib(memory.missing_bytes)} from {memory.device} to the cpu"
+                + (f", such as {per_layer}" if per_layer else "")
+            )
+
+
+def _largest_open(found: Plan, device: str) -> str:
+    """The heaviest tensor that a rule has put on a device, as an example."""
+    there = [(p.n_bytes, name) for name, p in found.placements.items() if p.device == device]
+    if not there:
+        return ""
+    n_bytes, name = max(there)
+    return f"{name} ({gib(n_bytes)}, by {found.placements[name].rule})"
+
+
+def _smaller_formats(kv_format: str) -> list[str]:
+    """Cache formats that take fewer bytes, the largest first."""
+    taken = cache_row_bytes(32, kv_format)
+    smaller = [f for f in CACHE_FORMATS if f in _RUNNABLE_CACHE_FORMATS and cache_row_bytes(32, f) < taken]
+    return sorted(smaller, key=lambda f: -cache_row_bytes(32, f))
+
+
+def _fits(planner: Planner, size: RunSize) -> bool:
+    return not any(memory.missing_bytes for memory in planner.draft(size).memory.values())
+
+
+def gib(n_bytes: int) -> str:
+    """``3.25 GiB``; small amounts in MiB."""
+    return f"{n_bytes / _GIB:.2f} GiB" if n_bytes >= _GIB // 10 else f"{n_bytes / (1 << 20):.1f} MiB"

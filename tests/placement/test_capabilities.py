@@ -1,0 +1,52 @@
+"""The planner's table of formats against the kernels' own."""
+
+from __future__ import annotations
+
+import pytest
+from hybrid.kernels import cpu
+
+from hybrid.gguf import GGMLType
+from hybrid.placement import capabilities
+
+ROWS = cpu.kernel_rows()
+SHAPES = [(1, 16, 256), (1, 1, 512), (3, 17, 256), (2, 4096, 7168), (5, 31, 768)]
+
+
+def test_formats_and_isas_are_those_of_the_kernel_table():
+    table = {(row["ggml_type"], row["isa"]) for row in ROWS if row["tile"]}
+    claimed = {
+        (int(format_), isa)
+        for format_ in GGMLType
+        for isa in capabilities.ISAS
+        if capabilities.can_multiply(format_, "cpu", isa)
+    }
+    assert claimed == table
+    assert set(capabilities.ISAS) == set(cpu.isas())
+
+
+def test_float_formats_and_blocks_are_those_of_the_kernel_table():
+    for row in ROWS:
+        format_ = GGMLType(row["ggml_type"])
+        assert (format_ in capabilities.FLOAT_FORMATS) == (row["activation"] == "f32")
+        assert capabilities.block_cols(format_) == row["block_cols"], format_.name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format_", sorted(capabilities.CPU_FORMATS), ids=lambda f: f.name)
+def test_bytes_are_those_of_packed_matrices(format_, shape):
+    packed = cpu.PackedMatrix(int(format_), *shape)
+    assert capabilities.matrix_bytes(format_, "cpu", shape) == packed.nbytes
+
+
+def test_bytes_elsewhere():
+    assert capabilities.matrix_bytes(GGMLType.Q4_K, "cuda", (2, 17, 256)) == 2 * 17 * 144
+    assert capabilities.matrix_bytes(GGMLType.Q4_K, "fake", (2, 17, 256)) == 2 * 17 * 256 * 4
+    assert capabilities.can_multiply(GGMLType.Q4_K, "cuda")
+    assert not capabilities.can_multiply(GGMLType.IQ1_S, "cuda")
+    assert not capabilities.can_multiply(GGMLType.IQ4_KS, "cpu", "avx2")
+    assert not capabilities.can_multiply(GGMLType.Q4_K, "cpu", "neon")
+
+
+@pytest.mark.parametrize("format_, n_bytes", [("f32", 2304), ("f16", 1152), ("bf16", 1152), ("q8_0", 612)])
+def test_a_latent_cache_row(format_, n_bytes):
+    assert capabilities.cache_row_bytes(576, format_) == n_bytes
