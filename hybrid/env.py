@@ -58,6 +58,48 @@ def boolean(text: str) -> bool:
     raise ValueError
 
 
+_UNITS: dict[str, int] = {
+    **{unit: 1 << (10 * power) for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))},
+    **{unit: 1 << (10 * power) for power, unit in enumerate(("K", "M", "G", "T"), 1)},
+    **{unit: 10 ** (3 * power) for power, unit in enumerate(("kB", "MB", "GB", "TB"), 1)},
+}
+
+
+def n_bytes(text: str) -> int:
+    """``24GiB``, ``24G`` (the same) or ``24GB``: a positive number of bytes."""
+    number = text.rstrip("BKMGTikb")
+    unit = text[len(number) :].strip()
+    if unit not in _UNITS:
+        raise ValueError
+    value = float(number) * _UNITS[unit]
+    if not 1 <= value < 1 << 60:
+        raise ValueError
+    return round(value)
+
+
+def by_device(parse: Callable[[str], float]) -> Callable[[str], tuple[tuple[str | None, float], ...]]:
+    """A parser of comma-separated ``[DEVICE=]VALUE``."""
+
+    def parse_all(text: str) -> tuple[tuple[str | None, float], ...]:
+        pairs = []
+        for item in text.split(","):
+            device, equals, value = item.rpartition("=")
+            if bool(equals) != bool(device):
+                raise ValueError
+            pairs.append((device or None, parse(value)))
+        return tuple(pairs)
+
+    return parse_all
+
+
+def positive(text: str) -> float:
+    """A parser of numbers above 0."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
+
+
 @dataclass(frozen=True)
 class EnvVar:
     """One variable: how to parse it, and what to tell people about it."""
@@ -105,7 +147,9 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_SYSTEM": EnvVar(str, "a text", "system message"),
     # Commands for measuring and describing.
     "HYBRID_OUTPUT": EnvVar(
-        one_of("text", "md", "csv", "json", "jsonl"), "text, md, csv, json or jsonl", "output format"
+        one_of("text", "md", "csv", "json", "jsonl", "yaml", "html"),
+        "text, md, csv, json, jsonl, yaml or html",
+        "output format",
     ),
     "HYBRID_TENSORS": EnvVar(boolean, _SWITCH, "list every tensor"),
     "HYBRID_N_PROMPT": EnvVar(
@@ -119,6 +163,20 @@ VARIABLES: dict[str, EnvVar] = {
     ),
     "HYBRID_REPETITIONS": EnvVar(integer(1), _COUNT, "runs of each test, after a warm-up"),
     "HYBRID_UBATCH_SIZE": EnvVar(integer(1), _COUNT, "prompt tokens the model is given at once"),
+    "HYBRID_PARALLEL": EnvVar(integer(1), _COUNT, "requests computed at once, each with a full context"),
+    "HYBRID_FIT": EnvVar(boolean, _SWITCH, "shorten the context, then the steps, until the model fits"),
+    "HYBRID_VRAM": EnvVar(
+        by_device(n_bytes), "[DEVICE=]SIZE, as in 24GiB or cuda:1=16GiB", "memory to use of a GPU (cuda:0)"
+    ),
+    "HYBRID_RAM": EnvVar(n_bytes, "a size, as in 512GiB", "RAM to use (default: what is free)"),
+    "HYBRID_NODES": EnvVar(integer(1), _COUNT, "NUMA nodes"),
+    "HYBRID_BANDWIDTH": EnvVar(
+        by_device(positive),
+        "[DEVICE=]GB/s, as in 200 or ram=200,pcie=25,cuda:0=936",
+        "read bandwidth in GB/s of ram (for each node), pcie or cuda:N",
+    ),
+    "HYBRID_EXPLAIN": EnvVar(str, "the name of a tensor", "show the rules tried for this tensor"),
+    "HYBRID_EMIT": EnvVar(one_of("llama.cpp"), "llama.cpp", "print the plan as flags of: llama.cpp"),
     "HYBRID_CHUNKS": EnvVar(integer(1), _COUNT, "windows of the text to score (default: all)"),
     "HYBRID_KL_BASE": EnvVar(str, "a file", "compare with the log-probabilities in this file"),
     "HYBRID_SAVE_LOGPROBS": EnvVar(str, "a file", "keep this run's log-probabilities for --kl-base"),

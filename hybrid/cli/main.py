@@ -21,6 +21,7 @@ from hybrid.errors import CapacityError, ConfigError, HybridError, RequestError
 COMMANDS = {
     "run": "hybrid.cli.run",
     "chat": "hybrid.cli.chat",
+    "plan": "hybrid.cli.plan",
     "inspect": "hybrid.cli.inspect",
     "bench": "hybrid.cli.bench",
     "perplexity": "hybrid.cli.perplexity",

@@ -228,11 +228,15 @@ def _check_size(cursor: Cursor, tensors: list[RawTensor], data_start: int) -> No
     for tensor in tensors:
         if data_start + tensor.offset + tensor.n_bytes > cursor.size:
             needed = data_start + tensors[-1].offset + tensors[-1].n_bytes
+            hint = "The download is incomplete; resume it."
+            if cursor.size <= data_start:
+                hint = "It is a header without weights, for `hybrid plan` and `hybrid inspect`; "
+                hint += "to run the model, take the whole file."
             cursor.fail(
                 "the file ends before the tensor's data does",
                 tensor=tensor.name,
                 offset=data_start + tensor.offset,
                 expected=f"a file of {needed} bytes",
                 found=f"{cursor.size}: {needed - cursor.size} bytes are missing",
-                hint="The download is incomplete; resume it.",
+                hint=hint,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hybrid.errors import CapacityError, PlacementError
 from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.placement.auto import CPU, place_open
 from hybrid.placement.capabilities import kind_of
+from hybrid.placement.cautions import cautions
 from hybrid.placement.cost import predict
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import DeviceMemory, RunSize, Tensor, memory_of, read_model
@@ -66,7 +68,35 @@ class Planner:
             found = self.draft(self.largest_fitting(size))
         if _missing(found):
             raise CapacityError(refusal(self, found))
-        return replace(found, prediction=predict(self.model, found.placements, self.machine, found.size))
+        prediction = predict(self.model, found.placements, self.machine, found.size)
+        return replace(found, prediction=prediction, warnings=tuple(cautions(self.model, found)))
+
+    def explain(self, name: str, size: RunSize) -> list[str]:
+        """The rules tried for a tensor, one line each, and where it goes.
+
+        Raises:
+            PlacementError: the model has no such tensor.
+        """
+        tensor = next((t for t in self.model.tensors if t.name == name), None)
+        if tensor is None:
+            near = difflib.get_close_matches(name, [t.name for t in self.model.tensors], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PlacementError(f"--explain: the model has no tensor {name!r}{hint}")
+        layer = "" if tensor.layer is None else f", layer {tensor.layer}"
+        lines = [f"{name}: role {tensor.role}{layer}, {tensor.info.type.name} {list(tensor.info.shape)}"]
+        taken = False
+        for rule in () if self.rule_set is None else self.rule_set.rules:
+            matches = rule.matches(name)
+            outcome = "matches, but the rule above has it" if taken else f"matches: {rule.device}"
+            lines.append(f"  {rule.origin}: {outcome if matches else 'does not match'}")
+            taken = taken or matches
+        placement = self.draft(size).placements[name]
+        if not tensor.share:
+            lines.append("  it is not loaded: nothing reads it")
+        elif not taken:
+            lines.append("  no rule matches: auto decides")
+        lines.append(f"  {placement.device} by {placement.rule}, {placement.n_bytes} bytes there")
+        return lines
 
     def draft(self, size: RunSize) -> Plan:
         """Placements and bytes, whether they fit or not."""

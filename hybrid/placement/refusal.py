@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hybrid.placement.capabilities import CACHE_FORMATS, cache_row_bytes, kind_of
+from hybrid.placement.capabilities import cache_row_bytes, kind_of
+from hybrid.placement.cautions import RUNNABLE_CACHE_FORMATS
 
 if TYPE_CHECKING:
     from hybrid.placement.memory import DeviceMemory, RunSize
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from hybrid.placement.planner import Planner
 
 _GIB = 1 << 30
-_RUNNABLE_CACHE_FORMATS = ("f32", "f16", "bf16")
 _SMALLEST_BATCH = 64
 
 
@@ -42,10 +42,9 @@ def _changes(planner: Planner, found: Plan) -> Iterator[str]:
     size = found.size
     fitted = planner.largest_fitting(size)
     if fitted != size:
-        batch = ""
-        if fitted.max_num_batched_tokens != size.max_num_batched_tokens:
-            batch = f" and {fitted.max_num_batched_tokens} tokens at once"
-        yield f"a context of {fitted.max_model_len} tokens (-c {fitted.max_model_len}){batch}"
+        smaller = fitted.max_num_batched_tokens != size.max_num_batched_tokens
+        steps = f" and {fitted.max_num_batched_tokens} tokens a step" if smaller else ""
+        yield f"a context of {fitted.max_model_len} tokens (-c {fitted.max_model_len}){steps}"
     for format_ in _smaller_formats(size.kv_format):
         if _fits(planner, replace(size, kv_format=format_)):
             yield f"a cache of {format_} (--kv-format {format_})"
@@ -53,7 +52,7 @@ def _changes(planner: Planner, found: Plan) -> Iterator[str]:
     batch = size.max_num_batched_tokens // 2
     while batch >= max(_SMALLEST_BATCH, size.max_num_seqs):
         if _fits(planner, replace(size, max_num_batched_tokens=batch)):
-            yield f"{batch} tokens at once (max_num_batched_tokens, -ub)"
+            yield f"{batch} tokens a step (max_num_batched_tokens, -ub)"
             break
         batch //= 2
     yield from _more_memory(planner, found)
@@ -85,7 +84,7 @@ def _largest_open(found: Plan, device: str) -> str:
 def _smaller_formats(kv_format: str) -> list[str]:
     """Cache formats that take fewer bytes, the largest first."""
     taken = cache_row_bytes(32, kv_format)
-    smaller = [f for f in CACHE_FORMATS if f in _RUNNABLE_CACHE_FORMATS and cache_row_bytes(32, f) < taken]
+    smaller = [f for f in RUNNABLE_CACHE_FORMATS if cache_row_bytes(32, f) < taken]
     return sorted(smaller, key=lambda f: -cache_row_bytes(32, f))
 
 

@@ -1,0 +1,44 @@
+"""What a plan holds that this build cannot run yet, or that is likely not meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hybrid.placement.capabilities import can_multiply, kind_of
+from hybrid.placement.memory import Model
+from hybrid.placement.plan import Plan
+from hybrid.placement.report import stored
+
+# What loading takes today; a plan may hold more.
+RUNNABLE_KINDS = ("cpu", "fake")
+RUNNABLE_CACHE_FORMATS = ("f32", "f16", "bf16")
+RUNNABLE_NUMA = ("none",)
+_NEARLY_FULL = 0.97
+
+
+def cautions(model: Model, plan: Plan) -> Iterator[str]:
+    """Whole sentences."""
+    absent = [device for device in plan.devices if kind_of(device) not in RUNNABLE_KINDS]
+    if absent:
+        yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
+    if plan.size.kv_format not in RUNNABLE_CACHE_FORMATS:
+        yield f"this build does not run a cache of {plan.size.kv_format}: plan it, but load another"
+    modes = sorted({p.numa for p in plan.placements.values()} - {*RUNNABLE_NUMA})
+    if modes:
+        yield f"this build does not place memory by NUMA node yet: {', '.join(modes)} is planned, not done"
+    yield from _without_kernel(model, plan)
+    for memory in plan.memory.values():
+        if memory.budget_bytes and memory.total_bytes > _NEARLY_FULL * memory.budget_bytes:
+            left = (memory.budget_bytes - memory.total_bytes) / (1 << 20)
+            yield f"{memory.device} is nearly full: {left:.0f} MiB are left of its budget"
+
+
+def _without_kernel(model: Model, plan: Plan) -> Iterator[str]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for tensor, placement in stored(model, plan):
+        kind = kind_of(placement.device)
+        if tensor.parts and not can_multiply(tensor.info.type, kind, plan.machine.isa):
+            found.setdefault((tensor.info.type.name, placement.device), []).append(tensor.name)
+    for (format_, device), names in found.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{format_} has no kernel on {device}, and {names[0]}{more} is placed there"
