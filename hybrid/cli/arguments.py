@@ -153,6 +153,11 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
 
     Shows a progress bar while it loads if stderr is a terminal.
     """
+    from hybrid.config import model_path
+    from hybrid.gguf import GGUFFile
+
+    GGUFFile.open(model_path(args.model)).close()  # a bad file is told before torch is loaded
+
     from tqdm import tqdm
 
     from hybrid.llm import LLM

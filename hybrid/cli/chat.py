@@ -55,6 +55,8 @@ class Conversation:
                 self.clear()
             elif line in ("/exit", "/quit"):
                 break
+            elif line == "/help":
+                print(COMMANDS, file=sys.stderr)
             elif line.startswith("/"):
                 print(f"unknown command {line.split()[0]!r}: {COMMANDS}", file=sys.stderr)
             elif line.strip():
