@@ -20,14 +20,18 @@ import gguf
 import numpy as np
 
 from hybrid.backends.isa import select_isa
+from hybrid.calibration import calibrate
 from hybrid.config import model_path
 from hybrid.describe import open_for_description, summarise
 from hybrid.doctor import bandwidth
-from hybrid.engine.load import LoadOptions, load
+from hybrid.engine.load import LoadedModel, LoadOptions, load
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
 from hybrid.gguf import GGUFFile
+from hybrid.placement.cost import run_tps
+from hybrid.placement.memory import Model, read_model
 
+_OF_ROWS = ("read_bandwidth", "predicted_ts")  # of a setup, that each row has its part of
 DECODE_LIMIT = "ram_read_bandwidth"
 
 
@@ -57,7 +61,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rows of a run share. Bytes and counts are the model file's."""
+    """What all rows of a run share. Bytes and counts are the model file's; ``predicted_ts`` is by label."""
 
     model_filename: str
     model_type: str
@@ -74,6 +78,7 @@ class Setup:
     active_bytes: int
     kv_bytes_per_token: int | None
     read_bandwidth: float | None
+    predicted_ts: dict[str, float | None]
 
 
 def list_tests(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int]) -> list[Workload]:
@@ -125,6 +130,7 @@ def prepare(
                 " lower -p, -n or -d"
             )
         kind = model_type(file, summary.parameters)
+        planned = read_model(file)
     select_isa(options.isa)
     announce("measuring memory bandwidth")
     read_bandwidth = bandwidth().all_threads
@@ -147,10 +153,30 @@ def prepare(
             active_bytes=summary.active_bytes,
             kv_bytes_per_token=summary.kv_bytes_per_token,
             read_bandwidth=read_bandwidth,
+            predicted_ts=_predict(planned, loaded, tests, read_bandwidth, announce),
         )
         yield SingleSequence(loaded.engine.model, needed, options.max_num_batched_tokens), setup
     finally:
         loaded.engine.close()
+
+
+def _predict(
+    model: Model,
+    loaded: LoadedModel,
+    tests: Sequence[Workload],
+    read_bandwidth: float,
+    announce: Callable[[str], None],
+) -> dict[str, float | None]:
+    """Measures the model's formats on this machine; tokens per second that follow for each test."""
+    found = loaded.plan
+    if loaded.num_threads:
+        formats = dict.fromkeys(tensor.info.type for tensor in model.tensors if tensor.share and tensor.parts)
+        rates = calibrate(loaded.num_threads, read_bandwidth, formats, announce=announce)
+        found = replace(found, machine=replace(found.machine, rates=rates, num_threads=loaded.num_threads))
+    return {
+        test.label: run_tps(found, model, n_prompt=test.n_prompt, n_gen=test.n_gen, n_depth=test.n_depth)
+        for test in tests
+    }
 
 
 def run_tests(
@@ -200,14 +226,15 @@ def _random_ids(sequence: SingleSequence, count: int, rng: np.random.Generator) 
 def make_row(test: Workload, setup: Setup, samples_ts: list[float]) -> dict[str, Any]:
     """A row of results as plain JSON values.
 
-    ``stddev_ts`` is the sample deviation, 0 for one sample. Null where nothing is known yet: the limit of
-    prompt processing, ``predicted_ts``, and ``expert_threshold`` (a token's experts are always all run).
+    ``stddev_ts`` is the sample deviation, 0 for one sample. ``predicted_ts`` is what the plan expects.
+    Null where nothing is known yet: the limit of prompt processing, and ``expert_threshold`` (a token's
+    experts are always all run).
     """
     average = float(np.mean(samples_ts))
     limit = setup.read_bandwidth if test.n_gen else None
     token_bytes = setup.active_bytes + (setup.kv_bytes_per_token or 0) * test.mean_context
     return {
-        **{key: value for key, value in asdict(setup).items() if key != "read_bandwidth"},
+        **{key: value for key, value in asdict(setup).items() if key not in _OF_ROWS},
         "test": test.label,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,
@@ -219,7 +246,7 @@ def make_row(test: Workload, setup: Setup, samples_ts: list[float]) -> dict[str,
         "limit_kind": None if limit is None else DECODE_LIMIT,
         "limit_value": limit,
         "limit_fraction": None if limit is None else token_bytes * average / limit,
-        "predicted_ts": None,
+        "predicted_ts": setup.predicted_ts.get(test.label),
     }
 
 

@@ -1,7 +1,7 @@
 """This machine as the planner sees it: memory, threads, and rates measured once and kept in a cache file.
 
 Rates depend on the processor, the number of threads and the ISA, which name the file:
-``$XDG_CACHE_HOME/hybrid/rates-*.json``. `hybrid doctor` measures anew; `hybrid bench` adds the formats of its
+``$XDG_CACHE_HOME/hybrid/rates-*.json``. `hybrid doctor` measures common formats, `hybrid bench` those of its
 model; plans use what is there.
 """
 
@@ -29,7 +29,7 @@ from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
 # Tokens of a product for which weights are timed: decoding, an expert's share of a prompt, a prompt.
 TOKENS = (1, 16, 128)
 COMMON_FORMATS = (GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.Q4_K, GGMLType.F32)
-_ROWS, _COLS = 4096, 4096
+_ROWS, _COLS = 1024, 4096
 _BATCH_BYTES = 96 << 20  # of weights read in turn: more than last-level caches
 _SECONDS = 0.05
 _HEADS, _LATENT, _ROPE, _KEYS = 16, 512, 64, 2048
@@ -114,21 +114,20 @@ def calibrate(
     read_bandwidth: float,
     formats: Iterable[GGMLType] = COMMON_FORMATS,
     *,
-    known: Rates | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Rates:
-    """Measures formats that ``known`` lacks (all without it), with the current ISA, and keeps the result."""
+    """Measures these formats with the current ISA, and keeps the result beside what was known of others."""
     physical = cpu.physical_cores()
     pool = cpu.ThreadPool(num_threads, physical[:num_threads] if num_threads <= len(physical) else [])
-    weight_s = {} if known is None else dict(known.weight_s)
     isa = cpu.current_isa()
+    known = read_rates(num_threads, isa)
+    weight_s = {} if known is None else dict(known.weight_s)
     for format_ in formats:
-        if format_ in CPU_FORMATS and format_.name not in weight_s:
+        if format_ in CPU_FORMATS:
             announce(f"measuring products with {format_.name}")
             weight_s[format_.name] = measure_weights(pool, format_)
-    call_s = measure_call(pool) if known is None else known.call_s
-    attention = measure_attention(pool) if known is None else known.attention_macs
-    rates = Rates(read_bandwidth, call_s, attention, weight_s, num_threads)
+    announce("measuring attention")
+    rates = Rates(read_bandwidth, measure_call(pool), measure_attention(pool), weight_s, num_threads)
     write_rates(rates, isa)
     return rates
 
@@ -151,7 +150,7 @@ def measure_weights(pool: cpu.ThreadPool, format_: GGMLType) -> dict[int, float]
             matrix = matrices[index % count]
             cpu.linear(pool, matrix, _address(x), tokens, _COLS, _address(out), _ROWS)
 
-        found[tokens] = _median_seconds(step, least=count) / (_ROWS * _COLS)
+        found[tokens] = _median_seconds(step, least=count if tokens == 1 else 3) / (_ROWS * _COLS)
     return found
 
 

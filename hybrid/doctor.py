@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.backends.isa import select_isa
+from hybrid.calibration import calibrate
 from hybrid.kernels import cpu
 
 _VERSIONED = ("hybrid-moe", "numpy", "torch", "triton", "gguf", "tokenizers")
@@ -285,13 +286,16 @@ def examine(
     """
     choice = isa_choice(isa)
     devices, driver = gpus()
+    speed = bandwidth(num_threads, announce=announce)
+    rates = calibrate(speed.threads, speed.all_threads, announce=announce)
     return {
         "cores": asdict(cores()),
         "isa": asdict(choice),
         "numa_nodes": [asdict(node) for node in numa_nodes()],
         "huge_pages": asdict(huge_pages()),
         "memory": asdict(memory()),
-        "bandwidth": asdict(bandwidth(num_threads, announce=announce)),
+        "bandwidth": asdict(speed),
+        "rates": asdict(rates),
         "gpus": [asdict(gpu) for gpu in devices],
         "gpu_driver": driver,
         "torch_cuda": torch_cuda() if devices else None,

@@ -148,6 +148,12 @@ def _print_footer(rows: list[dict[str, Any]]) -> None:
             reached, limit = row["limit_fraction"] * row["limit_value"] / 1e9, row["limit_value"] / 1e9
             share = f"{row['limit_fraction']:.0%}"
             print(f"{row['test']}: {reached:.1f} GB/s of {limit:.1f} GB/s read bandwidth, {share}")
+        if row["predicted_ts"] is not None:
+            error = row["predicted_ts"] / row["avg_ts"] - 1
+            print(
+                f"{row['test']}: predicted {row['predicted_ts']:.2f} tokens/s, "
+                f"measured {row['avg_ts']:.2f} ({error:+.0%})"
+            )
 
 
 _PRINTERS = {"md": _print_markdown, "csv": _print_csv, "json": _print_json, "jsonl": _print_jsonl}

@@ -41,6 +41,7 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("numa", _numa_lines(found["numa_nodes"])),
         ("memory", _memory_lines(found["memory"])),
         ("bandwidth", _bandwidth_lines(found["bandwidth"])),
+        ("rates", _rate_lines(found["rates"])),
         ("huge pages", _huge_page_lines(found["huge_pages"])),
         ("gpu", _gpu_lines(found)),
         ("versions", [", ".join(f"{name} {version}" for name, version in found["versions"].items())]),
@@ -82,6 +83,17 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 def _bandwidth_lines(bandwidth: dict[str, Any]) -> list[str]:
     one, every = bandwidth["one_thread"] / 1e9, bandwidth["all_threads"] / 1e9
     return [f"{every:.1f} GB/s read by {bandwidth['threads']} threads, {one:.1f} GB/s by one (measured)"]
+
+
+def _rate_lines(rates: dict[str, Any]) -> list[str]:
+    lines = ["kept for `hybrid plan`; products of 1024 x 4096 weights, in 10^9 multiply-adds a second:"]
+    for name, points in rates["weight_s"].items():
+        speeds = ", ".join(
+            f"{tokens / seconds / 1e9:.1f} with {tokens}" for tokens, seconds in points.items()
+        )
+        lines.append(f"{name}: {speeds} tokens")
+    lines.append(f"attention: {rates['attention_macs'] / 1e9:.1f} of float32")
+    return lines
 
 
 def _huge_page_lines(pages: dict[str, Any]) -> list[str]:

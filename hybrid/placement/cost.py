@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
 from hybrid.placement.machine import DEFAULT_RAM_BANDWIDTH, DEFAULT_VRAM_BANDWIDTH, Machine
 from hybrid.placement.memory import Model, Placed, RunSize, Tensor, cache_devices
+
+if TYPE_CHECKING:
+    from hybrid.placement.plan import Plan
 
 # Share of the RAM read bandwidth that products with one token reach, as measured on Zen 4 with AVX-512 for
 # formats whose unpacking is not the limit (Q4_K, Q8_0); remote reads of two nodes without copies halve it.
@@ -59,6 +63,23 @@ def predict(model: Model, placed: Mapping[str, Placed], machine: Machine, size: 
         bytes_read(model, placed, size, size.max_model_len // 2),
         measured=machine.rates is not None,
     )
+
+
+def run_tps(planned: Plan, model: Model, *, n_prompt: int, n_gen: int, n_depth: int) -> float | None:
+    """Tokens per second of ``n_prompt`` prompt tokens in steps of the plan's size, or of ``n_gen`` decoded
+    ones, with ``n_depth`` in the cache before; ``None`` where header or devices allow no prediction."""
+    kinds = {kind_of(device) for device in planned.devices}
+    if not model.dims.hidden_size or kinds - {"cpu", "cuda"}:
+        return None
+    args = model, planned.placements, planned.machine, planned.size
+    if not n_prompt:
+        return 1 / step_seconds(*args, 1, n_depth + (n_gen + 1) / 2)
+    step = planned.size.max_num_batched_tokens
+    seconds = 0.0
+    for start in range(0, n_prompt, step):
+        count = min(step, n_prompt - start)
+        seconds += step_seconds(*args, count, n_depth + start + (count + 1) / 2)
+    return n_prompt / seconds
 
 
 def bytes_read(model: Model, placed: Mapping[str, Placed], size: RunSize, context: float) -> dict[str, float]:

@@ -16,10 +16,12 @@ import pytest
 import torch
 from hybrid.kernels import cpu
 
-from hybrid import bench, doctor
+from hybrid import bench, calibration, doctor
 from hybrid.cli.main import main
+from hybrid.describe import summarise
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
+from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 from hybrid.synth import resolve_shape, synthesise
 
@@ -84,6 +86,7 @@ def setup(**changes: Any) -> bench.Setup:
         "active_bytes": 600,
         "kv_bytes_per_token": 10,
         "read_bandwidth": 1e6,
+        "predicted_ts": {"tg128 @ d100": 12.5},
     }
     return bench.Setup(**(values | changes))
 
@@ -145,13 +148,13 @@ def test_row_of_generation_states_its_limit() -> None:
     assert row["limit_kind"] == "ram_read_bandwidth" and row["limit_value"] == 1e6
     # Step i of 128 attends to 100 + i tokens: 164.5 on average.
     assert row["limit_fraction"] == pytest.approx((600 + 10 * 164.5) * 15 / 1e6)
-    assert row["predicted_ts"] is None and row["expert_threshold"] is None
+    assert row["predicted_ts"] == 12.5 and row["expert_threshold"] is None
 
 
 def test_row_of_a_prompt_has_no_limit_yet() -> None:
     row = bench.make_row(bench.Workload(512, 0, 0), setup(), [10.0])
     assert row["limit_kind"] is row["limit_value"] is row["limit_fraction"] is None
-    assert row["stddev_ts"] == 0
+    assert row["stddev_ts"] == 0 and row["predicted_ts"] is None
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +164,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def made_up_rates(num_threads: int, read_bandwidth: float, formats: Any, announce: Any) -> calibration.Rates:
+    """A nanosecond for a weight of any format, and nothing for the rest."""
+    points = {format_.name: {1: 1e-9, 128: 128e-9} for format_ in formats}
+    return calibration.Rates(read_bandwidth, 0.0, 1e15, points, num_threads)
+
+
 @pytest.fixture(autouse=True)
 def quick_bandwidth_and_best_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(doctor, "_MEASURE_SECONDS", 0.02)
+    monkeypatch.setattr(bench, "calibrate", made_up_rates)
     yield
     cpu.select_isa(None)
 
@@ -187,6 +197,11 @@ def test_json_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decode = rows[1]
     token_bytes = decode["active_bytes"] + decode["kv_bytes_per_token"] * 2.5
     assert decode["limit_fraction"] == pytest.approx(token_bytes * decode["avg_ts"] / decode["limit_value"])
+    with GGUFFile.open(tiny) as file:
+        active = [t for t in summarise(file).tensors if t.role != "embedding"]
+    expected = 1e9 / sum(t.active_parameters for t in active)
+    assert decode["predicted_ts"] == pytest.approx(expected, rel=0.001)
+    assert rows[0]["predicted_ts"] == pytest.approx(expected, rel=0.2)  # logits of the last token alone
     assert decode["active_bytes"] < decode["model_size"] and decode["limit_value"] > 1e8
 
 
@@ -199,7 +214,9 @@ def test_table_is_llama_benchs(tiny: Path, capsys: pytest.CaptureFixture[str]) -
     assert rows[0][:4] == ["deepseek2 10.8M Q4_K_M", "6.28 MiB", "10.81 M", "CPU"]
     assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[6]) for row in rows)
     assert len({len(line) for line in lines[:4]}) == 1
-    assert "placement" in lines[5] and lines[6].startswith("tg4: ") and "GB/s read bandwidth" in lines[6]
+    assert "placement" in lines[5] and "GB/s read bandwidth" in lines[7]
+    assert lines[6].startswith("pp16: predicted ") and lines[8].startswith("tg4: predicted ")
+    assert re.search(r"measured \d+\.\d\d \([+-]\d+%\)$", lines[8])
 
 
 def test_columns_that_differ_from_the_defaults_are_shown(

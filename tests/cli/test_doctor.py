@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hybrid.kernels import cpu
 
-from hybrid import doctor
+from hybrid import calibration, doctor
 from hybrid.cli import arguments
 from hybrid.cli import doctor as command
 from hybrid.errors import ConfigError
@@ -168,13 +169,18 @@ def test_json_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found.keys() == {
-        "cores", "isa", "numa_nodes", "huge_pages", "memory", "bandwidth", "gpus", "gpu_driver", "torch_cuda",
-        "versions", "platform",
+        "cores", "isa", "numa_nodes", "huge_pages", "memory", "bandwidth", "rates", "gpus", "gpu_driver",
+        "torch_cuda", "versions", "platform",
     }  # fmt: skip
     assert (
         found["cores"]["allowed"] == len(os.sched_getaffinity(0)) >= found["cores"]["physical_allowed"] >= 1
     )
     assert found["bandwidth"]["threads"] == 1
+    weight_s = found["rates"]["weight_s"]
+    assert {"Q4_K", "Q8_0"} <= weight_s.keys()
+    assert all(0 < points["1"] < points["128"] < 128 * points["1"] for points in weight_s.values())
+    kept = calibration.read_rates(1, found["isa"]["chosen"])
+    assert kept is not None and json.loads(json.dumps(asdict(kept))) == found["rates"]
     assert found["bandwidth"]["all_threads"] >= found["bandwidth"]["one_thread"] > 1e8
     assert found["versions"]["hybrid-moe"][0].isdigit()
     assert captured.err == ""
@@ -184,7 +190,7 @@ def test_table_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(doctor, "_MEASURE_SECONDS", 0.05)
     assert run() == 0
     out = capsys.readouterr().out
-    for title in ("cores", "isa", "numa", "memory", "bandwidth", "huge pages", "gpu", "versions"):
+    for title in ("cores", "isa", "numa", "memory", "bandwidth", "rates", "huge pages", "gpu", "versions"):
         assert f"\n{title} " in f"\n{out}"
     assert "GB/s read by" in out
 
