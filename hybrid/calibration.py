@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrid.free_memory import available_memory
 from hybrid.gguf import TRAITS, GGMLType
 from hybrid.kernels import cpu
 from hybrid.placement.capabilities import CPU_FORMATS
@@ -33,17 +34,6 @@ _ROWS, _COLS = 1024, 4096
 _BATCH_BYTES = 96 << 20  # of weights read in turn: more than last-level caches
 _SECONDS = 0.05
 _HEADS, _LATENT, _ROPE, _KEYS = 16, 512, 64, 2048
-
-
-def available_memory() -> int | None:
-    """Bytes the kernel would give without swapping; ``None`` where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    kilobytes = fields.get("MemAvailable", "").split()
-    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def this_machine(num_threads: int | None = None, isa: str | None = None) -> Machine:

@@ -21,6 +21,7 @@ from typing import Any
 
 from hybrid.backends.isa import select_isa
 from hybrid.calibration import calibrate
+from hybrid.free_memory import cgroup_memory_limit
 from hybrid.kernels import cpu
 
 _VERSIONED = ("hybrid-moe", "numpy", "torch", "triton", "gguf", "tokenizers")
@@ -167,25 +168,6 @@ def memory(root: Path = Path("/")) -> Memory:
         cgroup_limit_bytes=cgroup_memory_limit(root),
         locked_limit_bytes=None if locked == resource.RLIM_INFINITY else locked,
     )
-
-
-def cgroup_memory_limit(root: Path = Path("/")) -> int | None:
-    """The smallest memory limit of this process's control group and its ancestors, version 2 or 1."""
-    limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0":
-            base, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            text = _read(base.joinpath(*parts[:depth], name)).strip()
-            if text.isdigit() and int(text) < 1 << 60:  # version 1 writes a huge number for "none"
-                limits.append(int(text))
-    return min(limits, default=None)
 
 
 def bandwidth(

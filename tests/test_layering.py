@@ -29,7 +29,14 @@ LEVELS = (
     ("hybrid.placement", "hybrid.chat", "hybrid.logprob_file"),
     ("hybrid.tokenizer",),
     ("hybrid.gguf",),
-    ("hybrid.config", "hybrid.env", "hybrid.log", "hybrid.sampling_params", "hybrid.outputs"),
+    (
+        "hybrid.config",
+        "hybrid.env",
+        "hybrid.free_memory",
+        "hybrid.log",
+        "hybrid.sampling_params",
+        "hybrid.outputs",
+    ),
     ("hybrid.errors",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -16,6 +16,7 @@ from hybrid import calibration, doctor
 from hybrid.cli import arguments
 from hybrid.cli import doctor as command
 from hybrid.errors import ConfigError
+from hybrid.free_memory import available_memory, cgroup_memory_limit
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -98,7 +99,32 @@ def test_bare_machine_is_described_without_error(tmp_path: Path) -> None:
     ],
 )
 def test_smallest_cgroup_limit_counts(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
-    assert doctor.cgroup_memory_limit(machine(tmp_path, files)) == limit
+    assert cgroup_memory_limit(machine(tmp_path, files)) == limit
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   8 kB\n", "proc/self/cgroup": "0::/a/b\n"}
+GROUP = "sys/fs/cgroup/a"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, None),
+        (MEMINFO, 8192),
+        (MEMINFO | {f"{GROUP}/memory.max": "5000\n", f"{GROUP}/memory.current": "1000\n"}, 4000),
+        (
+            MEMINFO
+            | {f"{GROUP}/memory.max": "5000\n", f"{GROUP}/memory.current": "4000\n"}
+            | {f"{GROUP}/memory.stat": "anon 1\ninactive_file 2500\n"},
+            3500,
+        ),
+        (MEMINFO | {f"{GROUP}/memory.max": "5000\n", f"{GROUP}/memory.current": "6000\n"}, 0),
+        (MEMINFO | {f"{GROUP}/memory.max": "90000\n", f"{GROUP}/memory.current": "1000\n"}, 8192),
+        ({"proc/self/cgroup": "0::/a\n", f"{GROUP}/memory.max": "70\n"}, 70),
+    ],
+)
+def test_memory_that_may_be_taken(tmp_path: Path, files: dict[str, str], available: int | None) -> None:
+    assert available_memory(machine(tmp_path, files)) == available
 
 
 def test_memory_sizes(tmp_path: Path) -> None:
