@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings_address.h"
 #include "linear.h"
 #include "matrix.h"
 
@@ -11,18 +12,6 @@ using namespace nb::literals;
 
 namespace hybrid {
 namespace {
-
-using Address = uintptr_t;
-using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-
-template <class T>
-T* pointer(Address address, const char* operation, const char* argument) {
-  if (address == 0) throw std::invalid_argument(std::string(operation) + ": the address of `" + argument + "` is null");
-  if (address % alignof(T) != 0) {
-    throw std::invalid_argument(std::string(operation) + ": the address of `" + argument + "` is not aligned to its elements");
-  }
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_pack(PackedMatrix& matrix, ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows,
                Address src) {

@@ -7,6 +7,7 @@
 
 #include "absorb.h"
 #include "attention.h"
+#include "bindings_address.h"
 #include "bindings_ops.h"
 #include "moe.h"
 #include "ops.h"
@@ -17,15 +18,6 @@ using namespace nb::literals;
 
 namespace hybrid {
 namespace {
-
-using Address = uintptr_t;
-using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-
-template <class T>
-T* pointer(Address address, const char* operation, const char* argument) {
-  if (address == 0) throw std::invalid_argument(std::string(operation) + ": the address of `" + argument + "` is null");
-  return reinterpret_cast<T*>(address);
-}
 
 void check_count(int64_t n, int64_t least, const char* operation, const char* argument) {
   if (n < least) {

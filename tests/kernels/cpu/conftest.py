@@ -19,6 +19,15 @@ def restored_isa() -> Iterator[None]:
     cpu.select_isa(before)
 
 
+@pytest.fixture(params=cpu.isas())
+def isa(request: pytest.FixtureRequest, restored_isa: None) -> str:
+    """Every ISA of the build in turn, chosen."""
+    if request.param not in cpu.supported_isas():
+        pytest.skip(f"this host lacks {request.param}")
+    cpu.select_isa(request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def pool() -> cpu.ThreadPool:
     return cpu.ThreadPool(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +12,6 @@ from hybrid.kernels import cpu
 BLOCK = 64
 EPS = float(np.finfo(np.float32).eps)
 FORMATS = ["f32", "f16", "bf16"]
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512vnni"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in cpu.supported_isas():
-        pytest.skip(f"this host lacks {request.param}")
-    before = cpu.current_isa()
-    cpu.select_isa(request.param)
-    yield request.param
-    cpu.select_isa(before)
 
 
 def address(a: np.ndarray) -> int:

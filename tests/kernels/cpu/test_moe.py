@@ -8,7 +8,6 @@ float32 results of gate and up are taken from `linear`, after they were compared
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +20,6 @@ EPS = float(np.finfo(np.float32).eps)
 FLOATS = {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
 F32, F16, BF16 = GGMLType.F32, GGMLType.F16, GGMLType.BF16
 Q4_K, Q5_0, Q6_K, Q8_0 = GGMLType.Q4_K, GGMLType.Q5_0, GGMLType.Q6_K, GGMLType.Q8_0
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512vnni"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in cpu.supported_isas():
-        pytest.skip(f"this host lacks {request.param}")
-    before = cpu.current_isa()
-    cpu.select_isa(request.param)
-    yield request.param
-    cpu.select_isa(before)
 
 
 def address(a: np.ndarray) -> int:

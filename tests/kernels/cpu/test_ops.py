@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from hybrid.kernels import cpu
@@ -11,16 +9,6 @@ from hybrid.kernels import cpu
 from hybrid.gguf import GGMLType, dequantize, random_blocks
 
 EPS = float(np.finfo(np.float32).eps)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512vnni"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in cpu.supported_isas():
-        pytest.skip(f"this host lacks {request.param}")
-    before = cpu.current_isa()
-    cpu.select_isa(request.param)
-    yield request.param
-    cpu.select_isa(before)
 
 
 def address(a: np.ndarray | None) -> int:
