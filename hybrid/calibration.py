@@ -33,6 +33,7 @@ COMMON_FORMATS = (GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.Q4_K, GGMLType.F32)
 _ROWS, _COLS = 1024, 4096
 _BATCH_BYTES = 96 << 20  # of weights read in turn: more than last-level caches
 _SECONDS = 0.05
+_ROUNDS = 3  # apart in time, since other processes disturb
 _HEADS, _LATENT, _ROPE, _KEYS = 16, 512, 64, 2048
 
 
@@ -112,10 +113,14 @@ def calibrate(
     isa = cpu.current_isa()
     known = read_rates(num_threads, isa)
     weight_s = {} if known is None else dict(known.weight_s)
-    for format_ in formats:
-        if format_ in CPU_FORMATS:
-            announce(f"measuring products with {format_.name}")
-            weight_s[format_.name] = measure_weights(pool, format_)
+    wanted = [format_ for format_ in formats if format_ in CPU_FORMATS]
+    rounds: dict[GGMLType, list[dict[int, float]]] = {format_: [] for format_ in wanted}
+    for index in range(_ROUNDS):
+        for format_ in wanted:
+            announce(f"measuring products with {format_.name}, {index + 1} of {_ROUNDS}")
+            rounds[format_].append(measure_weights(pool, format_))
+    for format_, found in rounds.items():
+        weight_s[format_.name] = {n: statistics.median(one[n] for one in found) for n in TOKENS}
     announce("measuring attention")
     rates = Rates(read_bandwidth, measure_call(pool), measure_attention(pool), weight_s, num_threads)
     write_rates(rates, isa)

@@ -41,6 +41,8 @@ class LLM:
         max_num_seqs: requests computed at once; each has room for a full context.
         max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
         progress: called with (bytes read, bytes in all) while the model loads.
+        ram_bytes: RAM that weights, cache and working memory may take. Default: what is free.
+        fit: shorten the context, then the steps, until the model fits.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -60,10 +62,13 @@ class LLM:
         max_num_seqs: int = 1,
         max_num_batched_tokens: int = 512,
         progress: Callable[[int, int], None] | None = None,
+        ram_bytes: int | None = None,
+        fit: bool = False,
     ) -> None:
         options = LoadOptions(
-            rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens
-        )
+            rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
+            ram_bytes, fit,
+        )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)
 

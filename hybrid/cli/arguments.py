@@ -130,6 +130,8 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "-t", "--threads")
     flag(group, "--isa")
     flag(group, "--rules", default="auto")
+    flag(group, "--ram")
+    flag(group, "--fit")
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
@@ -176,6 +178,8 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
             isa=args.isa,
             kv_format=args.kv_format,
             progress=show,
+            ram_bytes=args.ram,
+            fit=args.fit,
             **options,
         )
 

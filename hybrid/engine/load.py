@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.models.loader import load_model
 from hybrid.models.registry import family_of
+from hybrid.placement.machine import Machine
 from hybrid.placement.memory import RunSize
 from hybrid.placement.planner import Plan, plan
 from hybrid.tokenizer import Tokenizer
@@ -40,12 +41,16 @@ class LoadOptions:
     seed: int = 0
     max_num_seqs: int = 1
     max_num_batched_tokens: int = 512
+    ram_bytes: int | None = None
+    fit: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_format not in CACHE_BYTES:
             raise ConfigError(f"kv_format: expected {', '.join(CACHE_BYTES)}, found {self.kv_format!r}")
         if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
             raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
+        if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
+            raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,12 @@ def load(
         config = engine_config(options, hparams.max_position_embeddings)
         tokenizer = Tokenizer.from_gguf(file)
         tokenizer.check_embedding(hparams.vocab_size)
-        size = RunSize(
-            config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, options.kv_format
+        placements = _plan(file, options, config, this_machine(num_threads, isa))
+        config = replace(
+            config,
+            max_model_len=placements.size.max_model_len,
+            max_num_batched_tokens=placements.size.max_num_batched_tokens,
         )
-        placements = plan(file, options.rules, machine=this_machine(num_threads, isa), size=size)
         loaded = load_model(
             file,
             plan=placements,
@@ -114,6 +121,15 @@ def _check_process() -> None:
             'start it with multiprocessing.get_context("spawn")'
         )
     _loading_process = os.getpid()
+
+
+def _plan(file: GGUFFile, options: LoadOptions, config: EngineConfig, machine: Machine) -> Plan:
+    if options.ram_bytes is not None:
+        machine = machine.with_budget("cpu", options.ram_bytes)
+    size = RunSize(
+        config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, options.kv_format
+    )
+    return plan(file, options.rules, machine=machine, size=size, fit=options.fit)
 
 
 def engine_config(options: LoadOptions, limit: int) -> EngineConfig:

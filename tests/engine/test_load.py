@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +25,10 @@ def test_the_context_is_what_is_asked_for_or_a_limited_default():
         engine_config(LoadOptions(max_model_len=-1), 4096)
 
 
-@pytest.mark.parametrize("bad", [{"kv_format": "q8"}, {"num_threads": 0}, {"num_threads": True}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"kv_format": "q8"}, {"num_threads": 0}, {"num_threads": True}, {"ram_bytes": 0}, {"ram_bytes": 1.5}],
+)
 def test_bad_options_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         LoadOptions(**bad)
@@ -59,3 +63,17 @@ def test_names_of_models(tmp_path):
     for bad in (5, "", b"x"):
         with pytest.raises(ConfigError, match="model"):
             model_path(bad)
+
+
+def test_a_model_is_fitted_into_the_ram_it_may_take():
+    options = LoadOptions(ram_bytes=20 << 20)
+    with pytest.raises(CapacityError, match=r"budget 20\.0 MiB.*a context of \d+ tokens"):
+        load(None, options)
+    loaded = load(None, replace(options, fit=True))
+    try:
+        planned = loaded.plan
+        assert planned.memory["cpu"].total_bytes <= 20 << 20
+        assert loaded.engine.config.max_model_len == planned.size.max_model_len < 2048
+        assert loaded.engine.config.max_num_batched_tokens == planned.size.max_num_batched_tokens
+    finally:
+        loaded.engine.close()
