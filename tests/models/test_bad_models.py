@@ -23,8 +23,13 @@ def refused(tmp_path, make_reference, write_model):
         path = write_model(tmp_path / "bad.gguf", keys, tensors, types)
         read: list[int] = []
         with GGUFFile.open(path) as file, pytest.raises(HybridError) as caught:
+            config = family_of(file).read_config(file)
             load_model(
-                file, plan=plan(file, rules), max_model_len=64, progress=lambda done, total: read.append(done)
+                file,
+                plan=plan(file, rules),
+                max_model_len=64,
+                progress=lambda done, total: read.append(done),
+                config=config,
             )
         assert not read, "weights were read before the error"
         assert str(path) in str(caught.value) or isinstance(caught.value, PlacementError)
@@ -291,7 +296,11 @@ def rules_of(*rules):
 
 def test_tensors_that_belong_together_are_apart(refused):
     error = refused(
-        lambda keys, tensors: None, rules=rules_of(({"name": "blk.1.ffn_down_exps.weight"}, "fake:0"))
+        lambda keys, tensors: None,
+        rules=rules_of(
+            ({"name": "blk.1.ffn_down_exps.weight"}, "fake:0"),
+            ({"name": "blk.1.ffn_gate_exps.weight"}, "cpu"),
+        ),
     )
     assert isinstance(error, PlacementError)
     for word in ("blk.1.ffn_down_exps.weight on fake:0", "on cpu", "<rules>"):
