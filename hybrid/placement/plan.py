@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid.placement.cost import Prediction
@@ -14,12 +13,30 @@ from hybrid.placement.roles import layer_of, role_of
 
 
 @dataclass(frozen=True)
+class ExpertShare:
+    """Some experts of a stacked tensor on one device. ``experts`` ascend; the rest is as in `Placement`."""
+
+    device: str
+    rule: str
+    experts: tuple[int, ...]
+    n_bytes: int
+    numa: str = "none"
+    format: str | None = None
+
+    def __str__(self) -> str:
+        return " ".join((self.device, *_extras(self.numa, self.format), f"experts={_ranges(self.experts)}"))
+
+
+@dataclass(frozen=True)
 class Placement:
     """The decision for one tensor.
 
     ``rule`` says where it comes from: a place in a file, or "auto". ``n_bytes`` are those on the device,
-    padding and copies for NUMA nodes included; ``format`` is what it is stored in there, ``None``: as in the
-    file.
+    padding and copies for NUMA nodes included; ``format`` is the name of the GGML type that it is stored in
+    there, ``None``: as in the file.
+
+    ``shares`` divide a stack of experts: every expert is in exactly one of them, ``device`` is the first
+    one's and ``n_bytes`` their sum. With none the whole tensor is on ``device``.
     """
 
     device: str
@@ -27,6 +44,21 @@ class Placement:
     n_bytes: int
     numa: str = "none"
     format: str | None = None
+    shares: tuple[ExpertShare, ...] = ()
+
+    @property
+    def devices(self) -> set[str]:
+        """Devices that hold some of the tensor."""
+        return {share.device for share in self.shares} or {self.device}
+
+    def bytes_on(self, device: str) -> int:
+        """Bytes of the tensor on ``device``."""
+        return sum(part.n_bytes for part in self.shares or (self,) if part.device == device)
+
+    def __str__(self) -> str:
+        if self.shares:
+            return "; ".join(map(str, self.shares))
+        return " ".join((self.device, *_extras(self.numa, self.format)))
 
 
 @dataclass(frozen=True)
@@ -50,19 +82,15 @@ class Plan:
     @property
     def devices(self) -> list[str]:
         """Devices in use, in order of their names."""
-        return sorted({placement.device for placement in self.placements.values()})
+        return sorted({device for placement in self.placements.values() for device in placement.devices})
 
     def bytes_on(self, device: str) -> int:
         """Bytes of the weights on ``device``."""
-        return sum(p.n_bytes for p in self.placements.values() if p.device == device)
+        return sum(placement.bytes_on(device) for placement in self.placements.values())
 
     def digest(self) -> str:
         """Eight hexadecimal digits that two plans share exactly if they place every tensor alike."""
-        lines = []
-        for name, p in sorted(self.placements.items()):
-            extra = [f"numa={p.numa}"] if p.numa != "none" else []
-            extra += [f"format={p.format}"] if p.format is not None else []
-            lines.append(" ".join((name, p.device, *extra)))
+        lines = [f"{name} {placement}" for name, placement in sorted(self.placements.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
     def one_line(self) -> str:
@@ -75,6 +103,18 @@ class Plan:
             return f"all {len(layers)} layers on {device} ({size})"
         parts = []
         for device, size in sizes.items():
-            roles = Counter(role_of(name) for name, p in self.placements.items() if p.device == device)
+            roles = {role_of(name) for name, p in self.placements.items() if device in p.devices}
             parts.append(f"{device}: {', '.join(sorted(roles))} ({size})")
         return "; ".join(parts)
+
+
+def _extras(numa: str, format_: str | None) -> list[str]:
+    extras = [f"numa={numa}"] if numa != "none" else []
+    return extras + ([f"format={format_}"] if format_ is not None else [])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3,7``: ascending numbers, as rules spell them."""
+    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    runs = [numbers[i:j] for i, j in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
