@@ -51,15 +51,20 @@ class SingleSequence:
     @torch.inference_mode()
     def extend(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> Iterator[torch.Tensor]:
         """Appends tokens; yields hidden states ``[n, hidden]`` of successive pieces of them."""
-        ids = torch.as_tensor(np.asarray(token_ids, dtype=np.int32))
-        if self.length + len(ids) > self.max_tokens:
-            raise CapacityError(f"{self.length + len(ids)} tokens do not fit a sequence of {self.max_tokens}")
+        ids = self._checked(token_ids)
         for start in range(0, len(ids), self.chunk):
             piece = ids[start : start + self.chunk]
             with single_torch_thread():
                 hidden_states = self.model.forward(piece, self._batch(len(piece)))
             self.length += len(piece)
             yield hidden_states
+
+    def _checked(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> torch.Tensor:
+        if self.length + len(token_ids) > self.max_tokens:
+            raise CapacityError(
+                f"{self.length + len(token_ids)} tokens do not fit a sequence of {self.max_tokens}"
+            )
+        return torch.as_tensor(np.asarray(token_ids, dtype=np.int32))
 
     def _batch(self, num_tokens: int) -> AttentionBatch:
         # One sequence in consecutive blocks: a token's slot is its position.
@@ -76,6 +81,11 @@ class SingleSequence:
     @torch.inference_mode()
     def next_logits(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> torch.Tensor:
         """Appends tokens; logits ``[1, vocab_size]`` of what follows the last of them."""
+        if len(token_ids) == 1:
+            with single_torch_thread():
+                logits = self.model.decode(self._checked(token_ids), self._batch(1))
+            self.length += 1
+            return logits
         for hidden_states in self.extend(token_ids):
             last = hidden_states[-1:]
         return self.model.compute_logits(last)

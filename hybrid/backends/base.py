@@ -15,8 +15,9 @@ Conventions for every operation:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +74,19 @@ class RouterConfig:
     routed_scaling_factor: float = 1.0
 
 
+class Recording(Protocol):
+    """Operations kept by `Backend.record`."""
+
+    def run(self) -> None:
+        """Repeats them on the tensors they were recorded with, whatever those hold now."""
+
+
 class Backend(ABC):
     """One device. Weight handles are opaque: what one backend loads, only it can use."""
 
     name: str
     device: torch.device
+    can_record = False  # whether `record` works
 
     # --- weights -------------------------------------------------------------------------------
 
@@ -113,6 +122,11 @@ class Backend(ABC):
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, copied to this device unless it is there already."""
 
+    def record(self) -> AbstractContextManager[Recording]:
+        """Within it operations run as always and are kept with their tensors; only operations of this backend
+        may touch what they work on."""
+        raise NotImplementedError(f"{self.describe()} records nothing")
+
     @abstractmethod
     def close(self) -> None:
         """Gives everything back; the backend and its weights must not be used afterwards."""
@@ -131,6 +145,10 @@ class Backend(ABC):
 
         With ``residual``: ``residual += x`` in place first, and the sum is what is normalised.
         """
+
+    @abstractmethod
+    def add(self, x: torch.Tensor, sums: torch.Tensor) -> None:
+        """``sums += x`` in place, both ``[T, hidden]``."""
 
     @abstractmethod
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:

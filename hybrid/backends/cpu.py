@@ -6,12 +6,13 @@ contiguous, which the layers guarantee; results are made like their input, whate
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hybrid.backends.base import Backend, CacheFormat, RouterConfig, TensorSource
+from hybrid.backends.base import Backend, CacheFormat, Recording, RouterConfig, TensorSource
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
@@ -42,12 +43,34 @@ class LatentCache:
         return self.data.data_ptr()
 
 
+class _CpuRecording:
+    """Operations of a backend, with what they work on."""
+
+    def __init__(self, backend: CpuBackend) -> None:
+        self._backend, self._pool = backend, backend.pool
+        self._recording = cpu.Recording()
+        self._results: list[torch.Tensor] = []
+
+    def __enter__(self) -> Recording:
+        self._recording.start()
+        self._backend.recorded = self._results
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._backend.recorded = None
+        self._recording.stop()
+
+    def run(self) -> None:
+        self._recording.run()
+
+
 class CpuBackend(Backend):
     """``num_threads`` workers on a physical core each; ``None`` takes all cores. More workers than cores are
     left to the operating system to place."""
 
     name = "cpu"
     device = _HOST
+    can_record = True
 
     def __init__(self, num_threads: int | None = None) -> None:
         cores = cpu.physical_cores()
@@ -57,6 +80,7 @@ class CpuBackend(Backend):
         enough = self.num_threads <= len(cores)
         self.pool = cpu.ThreadPool(self.num_threads, cores[: self.num_threads] if enough else [])
         self._staging: torch.Tensor | None = None
+        self.recorded: list[torch.Tensor] | None = None  # results of the operations being recorded
 
     # --- weights -------------------------------------------------------------------------------
 
@@ -102,31 +126,43 @@ class CpuBackend(Backend):
         )
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.device)
+        return x if x.is_cpu else x.to(self.device)
+
+    def record(self) -> AbstractContextManager[Recording]:
+        return _CpuRecording(self)
 
     def close(self) -> None:
         del self.pool
 
+    def _result(self, like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        out = like.new_empty(shape, dtype=dtype)
+        if self.recorded is not None:
+            self.recorded.append(out)
+        return out
+
     # --- operations ----------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
-        out = torch.empty((token_ids.shape[0], table.cols), dtype=torch.float32, device=_HOST)
+        out = self._result(token_ids, token_ids.shape[0], table.cols)
         cpu.gather_rows(self.pool, table, token_ids.data_ptr(), token_ids.shape[0], out.data_ptr())
         return out
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        out = x.new_empty(x.shape)
+        out = self._result(x, *x.shape)
         add_to = 0 if residual is None else residual.data_ptr()
         cpu.rms_norm(
             self.pool, x.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, add_to, out.data_ptr()
         )
         return out
 
+    def add(self, x: torch.Tensor, sums: torch.Tensor) -> None:
+        cpu.add(self.pool, x.data_ptr(), x.shape[0], x.shape[1], sums.data_ptr())
+
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         rows: int = weight.rows
-        out = x.new_empty((x.shape[0], rows))
+        out = self._result(x, x.shape[0], rows)
         cpu.linear(self.pool, weight, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), rows)
         return out
 
@@ -151,7 +187,7 @@ class CpuBackend(Backend):
     def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
         latent: int = k_b.cols if transposed else k_b.rows
-        out = q.new_empty((tokens, heads, latent))
+        out = self._result(q, tokens, heads, latent)
         product = cpu.linear_transposed_batched if transposed else cpu.linear_batched
         product(
             self.pool,
@@ -170,7 +206,7 @@ class CpuBackend(Backend):
         self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
     ) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
-        out = q_latent.new_empty(q_latent.shape)
+        out = self._result(q_latent, *q_latent.shape)
         cpu.mla_attention(
             self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, cache.address, cache.fmt,
             cache.num_blocks, cache.latent_dim, cache.rope_dim,
@@ -183,7 +219,7 @@ class CpuBackend(Backend):
     def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
         tokens, heads, latent = context.shape
         v_dim: int = v_b.rows
-        out = context.new_empty((tokens, heads * v_dim))
+        out = self._result(context, tokens, heads * v_dim)
         cpu.linear_batched(
             self.pool,
             v_b,
@@ -200,8 +236,8 @@ class CpuBackend(Backend):
     def route(
         self, x: torch.Tensor, router: Any, bias: torch.Tensor | None, config: RouterConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = x.new_empty((x.shape[0], config.num_experts_per_tok), dtype=torch.int32)
-        weights = x.new_empty((x.shape[0], config.num_experts_per_tok))
+        ids = self._result(x, x.shape[0], config.num_experts_per_tok, dtype=torch.int32)
+        weights = self._result(x, x.shape[0], config.num_experts_per_tok)
         cpu.route(
             self.pool, router, x.data_ptr(), x.shape[0], 0 if bias is None else bias.data_ptr(),
             config.scoring, config.num_groups, config.topk_groups, config.num_experts_per_tok,
@@ -218,7 +254,7 @@ class CpuBackend(Backend):
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        out = x.new_empty((x.shape[0], down.rows))
+        out = self._result(x, x.shape[0], down.rows)
         cpu.moe(
             self.pool, gate, up, down, x.data_ptr(), x.shape[0], topk_ids.data_ptr(), topk_weights.data_ptr(),
             topk_ids.shape[1], out.data_ptr(),
@@ -226,6 +262,6 @@ class CpuBackend(Backend):
         return out
 
     def mlp(self, x: torch.Tensor, gate: Any, up: Any, down: Any) -> torch.Tensor:
-        out = x.new_empty((x.shape[0], down.rows))
+        out = self._result(x, x.shape[0], down.rows)
         cpu.mlp(self.pool, gate, up, down, x.data_ptr(), x.shape[0], out.data_ptr())
         return out

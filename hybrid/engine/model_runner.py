@@ -28,6 +28,9 @@ class CausalLM(Protocol):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 ``[n, hidden] -> [n, vocab]``."""
 
+    def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Logits float32 ``[S, vocab]`` of one new token for each of the batch's ``S`` sequences."""
+
     def close(self) -> None:
         """Free everything."""
 
@@ -44,7 +47,10 @@ class ModelRunner:
 
         Log-probabilities of prompt positions go to their sequence's builder.
         """
-        hidden_states = self.model.forward(*prepare(scheduled))
+        token_ids, batch = prepare(scheduled)
+        if all(item.decodes for item in scheduled):
+            return self.model.decode(token_ids, batch)
+        hidden_states = self.model.forward(token_ids, batch)
         last_rows, start = [], 0
         for item in scheduled:
             stop = start + item.num_new_tokens

@@ -23,6 +23,11 @@ class ScheduledSequence:
         """Whether a token is chosen after them: no uncomputed one is left."""
         return self.num_new_tokens == self.sequence.num_uncomputed_tokens
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a single token after which one is chosen, and nothing else is wanted of it."""
+        return self.num_new_tokens == 1 and self.samples and self.sequence.prompt_logprobs is None
+
 
 class Scheduler:
     """First come, first served; running sequences go before waiting ones.

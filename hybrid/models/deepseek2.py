@@ -62,7 +62,10 @@ class DeepseekForCausalLM:
         delta: torch.Tensor | None = None
         for layer in self.layers:
             delta, residual = layer(delta, residual, batch)
-        return residual if delta is None else residual + delta.to(residual.device)
+        if delta is not None:
+            last = self.layers[-1].ffn_norm.backend
+            last.add(last.receive(delta), residual)
+        return residual
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(hidden_states))

@@ -9,6 +9,7 @@ import torch
 from hybrid.backends.base import Backend, CacheFormat
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
+from hybrid.models.decode_step import DecodeStep
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.placement.plan import Plan
@@ -40,6 +41,8 @@ class Model:
         self.plan = plan
         self.kv_format = kv_format
         self._network, self._backends = network, backends
+        self._num_blocks = 0
+        self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
 
     @property
     def num_threads(self) -> int:
@@ -52,6 +55,8 @@ class Model:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
+        self._num_blocks = num_blocks
+        self._decode_steps.clear()
         self._network.allocate_cache(num_blocks, self.kv_format)
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -66,9 +71,23 @@ class Model:
         logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())
         return logits
 
+    def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Logits float32 ``[S, vocab]`` after one new token for each of ``S`` sequences.
+
+        Where the whole model is on a device that records, Python runs the first such step only.
+        """
+        backends = list(self._backends.values())
+        if len(backends) > 1 or not backends[0].can_record:
+            return self.compute_logits(self.forward(token_ids, batch))
+        step = self._decode_steps.get(len(token_ids))
+        if step is None:
+            step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
+        return step.run(self._network, backends[0], token_ids, batch)
+
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""
         self._network = None
+        self._decode_steps.clear()
         close_backends(self._backends)
 
 

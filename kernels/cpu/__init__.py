@@ -8,7 +8,9 @@ work, or after a fork, raises ``RuntimeError``.
 
 from hybrid.kernels.cpu._cpu import (
     PackedMatrix,
+    Recording,
     ThreadPool,
+    add,
     cpu_features,
     current_isa,
     fill_scratch,
@@ -37,7 +39,9 @@ from hybrid.kernels.cpu._cpu import (
 
 __all__ = [
     "PackedMatrix",
+    "Recording",
     "ThreadPool",
+    "add",
     "cpu_features",
     "current_isa",
     "fill_scratch",

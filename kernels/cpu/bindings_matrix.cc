@@ -6,6 +6,7 @@
 #include "bindings_address.h"
 #include "linear.h"
 #include "matrix.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -25,8 +26,10 @@ void bind_unpack(const PackedMatrix& matrix, int64_t batch_index, int64_t row_st
 void bind_linear(ThreadPool& pool, const PackedMatrix& matrix, Address x, int64_t num_tokens, int64_t x_stride,
                  Address out, int64_t out_stride) {
   if (num_tokens == 0) return;
-  linear(pool, matrix, pointer<const float>(x, "linear", "x"), num_tokens, x_stride,
-         pointer<float>(out, "linear", "out"), out_stride);
+  run_operation([=, &pool, &matrix, x_in = pointer<const float>(x, "linear", "x"),
+                 result = pointer<float>(out, "linear", "out")] {
+    linear(pool, matrix, x_in, num_tokens, x_stride, result, out_stride);
+  });
 }
 
 void bind_linear_batched(ThreadPool& pool, const PackedMatrix& matrix, Address x, int64_t num_tokens,
@@ -34,20 +37,20 @@ void bind_linear_batched(ThreadPool& pool, const PackedMatrix& matrix, Address x
                          int64_t out_batch_stride) {
   constexpr const char* kName = "linear_batched";
   if (num_tokens == 0) return;
-  linear_batched(pool, matrix,
-                 {.x = pointer<const float>(x, kName, "x"),
+  const LinearArgs args{.x = pointer<const float>(x, kName, "x"),
                   .num_tokens = num_tokens,
                   .x_token_stride = x_token_stride,
                   .x_batch_stride = x_batch_stride,
                   .out = pointer<float>(out, kName, "out"),
                   .out_token_stride = out_token_stride,
-                  .out_batch_stride = out_batch_stride});
+                  .out_batch_stride = out_batch_stride};
+  run_operation([&pool, &matrix, args] { linear_batched(pool, matrix, args); });
 }
 
 void bind_gather(ThreadPool& pool, const PackedMatrix& matrix, Address ids, int64_t num_tokens, Address out) {
   if (num_tokens == 0) return;
-  gather_rows(pool, matrix, pointer<const int32_t>(ids, "gather_rows", "ids"), num_tokens,
-              pointer<float>(out, "gather_rows", "out"));
+  run_operation([&pool, &matrix, num_tokens, rows = pointer<const int32_t>(ids, "gather_rows", "ids"),
+                 result = pointer<float>(out, "gather_rows", "out")] { gather_rows(pool, matrix, rows, num_tokens, result); });
 }
 
 // For tests: the int8 planes as quantize_row writes them.

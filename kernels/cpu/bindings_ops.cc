@@ -11,6 +11,7 @@
 #include "bindings_ops.h"
 #include "moe.h"
 #include "ops.h"
+#include "recording.h"
 #include "scratch.h"
 
 namespace nb = nanobind;
@@ -39,8 +40,11 @@ void bind_norm(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Add
   check_count(num_tokens, 0, kName, "num_tokens");
   check_count(dim, 1, kName, "dim");
   if (num_tokens == 0) return;
-  rms_norm(pool, pointer<const float>(x, kName, "x"), num_tokens, dim, pointer<const float>(weight, kName, "weight"),
-           eps, reinterpret_cast<float*>(residual), pointer<float>(out, kName, "out"));
+  run_operation([&pool, num_tokens, dim, eps, x_in = pointer<const float>(x, kName, "x"),
+                 scale = pointer<const float>(weight, kName, "weight"), add_to = reinterpret_cast<float*>(residual),
+                 result = pointer<float>(out, kName, "out")] {
+    rms_norm(pool, x_in, num_tokens, dim, scale, eps, add_to, result);
+  });
 }
 
 void bind_append(ThreadPool& pool, Address q, int64_t num_tokens, int64_t num_heads, int64_t head_dim, Address kv,
@@ -51,18 +55,19 @@ void bind_append(ThreadPool& pool, Address q, int64_t num_tokens, int64_t num_he
   check_count(num_tokens, 0, kName, "num_tokens");
   check_count(num_heads, 1, kName, "num_heads");
   if (num_tokens == 0) return;
-  mla_append(pool, {.q = pointer<float>(q, kName, "q"),
-                    .num_tokens = num_tokens,
-                    .num_heads = num_heads,
-                    .head_dim = head_dim,
-                    .kv = pointer<const float>(kv, kName, "kv"),
-                    .kv_norm = pointer<const float>(kv_norm, kName, "kv_norm"),
-                    .eps = eps,
-                    .rope = pointer<const float>(rope, kName, "rope"),
-                    .max_positions = max_positions,
-                    .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
-                    .positions = pointer<const int32_t>(positions, kName, "positions"),
-                    .slot_mapping = pointer<const int32_t>(slot_mapping, kName, "slot_mapping")});
+  const MlaAppendArgs args{.q = pointer<float>(q, kName, "q"),
+                           .num_tokens = num_tokens,
+                           .num_heads = num_heads,
+                           .head_dim = head_dim,
+                           .kv = pointer<const float>(kv, kName, "kv"),
+                           .kv_norm = pointer<const float>(kv_norm, kName, "kv_norm"),
+                           .eps = eps,
+                           .rope = pointer<const float>(rope, kName, "rope"),
+                           .max_positions = max_positions,
+                           .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
+                           .positions = pointer<const int32_t>(positions, kName, "positions"),
+                           .slot_mapping = pointer<const int32_t>(slot_mapping, kName, "slot_mapping")};
+  run_operation([&pool, args] { mla_append(pool, args); });
 }
 
 void bind_attention(ThreadPool& pool, Address q, Address q_latent, int64_t num_tokens, int64_t num_heads,
@@ -75,20 +80,21 @@ void bind_attention(ThreadPool& pool, Address q, Address q_latent, int64_t num_t
   check_count(num_heads, 1, kName, "num_heads");
   check_count(num_sequences, 0, kName, "num_sequences");
   if (num_tokens == 0) return;
-  mla_attention(pool, {.q = pointer<const float>(q, kName, "q"),
-                       .q_latent = pointer<const float>(q_latent, kName, "q_latent"),
-                       .num_tokens = num_tokens,
-                       .num_heads = num_heads,
-                       .head_dim = head_dim,
-                       .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
-                       .num_sequences = num_sequences,
-                       .positions = pointer<const int32_t>(positions, kName, "positions"),
-                       .query_start = pointer<const int32_t>(query_start, kName, "query_start"),
-                       .seq_lens = pointer<const int32_t>(seq_lens, kName, "seq_lens"),
-                       .block_tables = pointer<const int32_t>(block_tables, kName, "block_tables"),
-                       .block_table_stride = block_table_stride,
-                       .scale = scale,
-                       .out = pointer<float>(out, kName, "out")});
+  const MlaAttentionArgs args{.q = pointer<const float>(q, kName, "q"),
+                              .q_latent = pointer<const float>(q_latent, kName, "q_latent"),
+                              .num_tokens = num_tokens,
+                              .num_heads = num_heads,
+                              .head_dim = head_dim,
+                              .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
+                              .num_sequences = num_sequences,
+                              .positions = pointer<const int32_t>(positions, kName, "positions"),
+                              .query_start = pointer<const int32_t>(query_start, kName, "query_start"),
+                              .seq_lens = pointer<const int32_t>(seq_lens, kName, "seq_lens"),
+                              .block_tables = pointer<const int32_t>(block_tables, kName, "block_tables"),
+                              .block_table_stride = block_table_stride,
+                              .scale = scale,
+                              .out = pointer<float>(out, kName, "out")};
+  run_operation([&pool, args] { mla_attention(pool, args); });
 }
 
 void bind_route(ThreadPool& pool, const PackedMatrix& router, Address x, int64_t num_tokens, Address bias,
@@ -100,18 +106,18 @@ void bind_route(ThreadPool& pool, const PackedMatrix& router, Address x, int64_t
     throw std::invalid_argument("route: scoring '" + scoring + "' is unknown; choose softmax or sigmoid");
   }
   if (num_tokens == 0) return;
-  route(pool, router,
-        {.x = pointer<const float>(x, kName, "x"),
-         .num_tokens = num_tokens,
-         .bias = reinterpret_cast<const float*>(bias),
-         .sigmoid = scoring == "sigmoid",
-         .num_groups = num_groups,
-         .topk_groups = topk_groups,
-         .k = k,
-         .normalise = norm_topk_prob,
-         .scaling = routed_scaling_factor,
-         .topk_ids = pointer<int32_t>(topk_ids, kName, "topk_ids"),
-         .topk_weights = pointer<float>(topk_weights, kName, "topk_weights")});
+  const RouteArgs args{.x = pointer<const float>(x, kName, "x"),
+                       .num_tokens = num_tokens,
+                       .bias = reinterpret_cast<const float*>(bias),
+                       .sigmoid = scoring == "sigmoid",
+                       .num_groups = num_groups,
+                       .topk_groups = topk_groups,
+                       .k = k,
+                       .normalise = norm_topk_prob,
+                       .scaling = routed_scaling_factor,
+                       .topk_ids = pointer<int32_t>(topk_ids, kName, "topk_ids"),
+                       .topk_weights = pointer<float>(topk_weights, kName, "topk_weights")};
+  run_operation([&pool, &router, args] { route(pool, router, args); });
 }
 
 void bind_transposed(ThreadPool& pool, const PackedMatrix& matrix, Address x, int64_t num_tokens,
@@ -120,8 +126,10 @@ void bind_transposed(ThreadPool& pool, const PackedMatrix& matrix, Address x, in
   constexpr const char* kName = "linear_transposed_batched";
   check_count(num_tokens, 0, kName, "num_tokens");
   if (num_tokens == 0) return;
-  linear_transposed_batched(pool, matrix, pointer<const float>(x, kName, "x"), num_tokens, x_token_stride,
-                            x_batch_stride, pointer<float>(out, kName, "out"), out_token_stride, out_batch_stride);
+  run_operation([=, &pool, &matrix, x_in = pointer<const float>(x, kName, "x"), result = pointer<float>(out, kName, "out")] {
+    linear_transposed_batched(pool, matrix, x_in, num_tokens, x_token_stride, x_batch_stride, result, out_token_stride,
+                              out_batch_stride);
+  });
 }
 
 void bind_moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, Address x,
@@ -130,13 +138,22 @@ void bind_moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up
   check_count(num_tokens, 0, kName, "num_tokens");
   check_count(k, 1, kName, "k");
   if (num_tokens == 0) return;
-  moe(pool, gate, up, down,
-      {.x = pointer<const float>(x, kName, "x"),
-       .num_tokens = num_tokens,
-       .topk_ids = pointer<const int32_t>(topk_ids, kName, "topk_ids"),
-       .topk_weights = pointer<const float>(topk_weights, kName, "topk_weights"),
-       .k = k,
-       .out = pointer<float>(out, kName, "out")});
+  const MoeArgs args{.x = pointer<const float>(x, kName, "x"),
+                     .num_tokens = num_tokens,
+                     .topk_ids = pointer<const int32_t>(topk_ids, kName, "topk_ids"),
+                     .topk_weights = pointer<const float>(topk_weights, kName, "topk_weights"),
+                     .k = k,
+                     .out = pointer<float>(out, kName, "out")};
+  run_operation([&pool, &gate, &up, &down, args] { moe(pool, gate, up, down, args); });
+}
+
+void bind_add(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Address sums) {
+  constexpr const char* kName = "add";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  check_count(dim, 1, kName, "dim");
+  if (num_tokens == 0) return;
+  run_operation([&pool, num_tokens, dim, x_in = pointer<const float>(x, kName, "x"),
+                 add_to = pointer<float>(sums, kName, "sums")] { add(pool, x_in, num_tokens, dim, add_to); });
 }
 
 void bind_mlp(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, Address x,
@@ -144,7 +161,8 @@ void bind_mlp(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up
   constexpr const char* kName = "mlp";
   check_count(num_tokens, 0, kName, "num_tokens");
   if (num_tokens == 0) return;
-  mlp(pool, gate, up, down, pointer<const float>(x, kName, "x"), num_tokens, pointer<float>(out, kName, "out"));
+  run_operation([&pool, &gate, &up, &down, num_tokens, x_in = pointer<const float>(x, kName, "x"),
+                 result = pointer<float>(out, kName, "out")] { mlp(pool, gate, up, down, x_in, num_tokens, result); });
 }
 
 }  // namespace
@@ -170,6 +188,14 @@ void bind_ops(nb::module_& m) {
         "k"_a, "out"_a, Unlocked(), "A whole layer of routed experts; ids of -1 contribute nothing.");
   m.def("mlp", &bind_mlp, "pool"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "num_tokens"_a, "out"_a, Unlocked(),
         "A dense SwiGLU block.");
+  m.def("add", &bind_add, "pool"_a, "x"_a, "num_tokens"_a, "dim"_a, "sums"_a, Unlocked(),
+        "sums += x, both float32 [num_tokens, dim].");
+  nb::class_<Recording>(m, "Recording", "Operations kept to run again without Python between them (recording.h).")
+      .def(nb::init<>())
+      .def("start", &Recording::start, "Keeps the operations this thread calls from now on.")
+      .def("stop", &Recording::stop)
+      .def("run", &Recording::run, Unlocked(), "Repeats the operations on the memory they were recorded with.")
+      .def("__len__", &Recording::size);
   m.def("measure_read_bandwidth", &measure_read_bandwidth, "pool"_a, "bytes"_a, "seconds"_a, "num_threads"_a = 0,
         Unlocked(), "Bytes a second read from RAM, the best of several loops, by num_threads threads (0: all).");
   m.def("scratch_bytes", &Scratch::total_bytes, "Bytes of scratch memory held by the operations, over all threads.");

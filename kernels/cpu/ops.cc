@@ -132,6 +132,12 @@ void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim,
   });
 }
 
+void add(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, float* sums) {
+  const OpsTable& ops = ops_table(current_isa());
+  const float one = 1.0f;
+  for_each_token(pool, num_tokens, dim, [&](int64_t t, int) { ops.accumulate(x + t * dim, dim, &one, 1, dim, sums + t * dim); });
+}
+
 void route(ThreadPool& pool, const PackedMatrix& router, const RouteArgs& args) {
   const int64_t num_experts = router.rows();
   check_route(args, num_experts);

@@ -28,6 +28,9 @@ void for_each_token(ThreadPool& pool, int64_t num_tokens, int64_t elements, F&& 
 void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, const float* weight, float eps,
               float* residual, float* out);
 
+// sums += x, both [num_tokens][dim].
+void add(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, float* sums);
+
 struct RouteArgs {
   const float* x;       // [num_tokens][router.cols()]
   int64_t num_tokens;

@@ -65,6 +65,9 @@ class StubModel:
         self.logit_rows.append(len(hidden_states))
         return torch.zeros(len(hidden_states), VOCAB)
 
+    def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        return self.compute_logits(self.forward(token_ids, batch))
+
     def close(self) -> None:
         pass
 

@@ -66,6 +66,9 @@ class MockModel:
         """Logits after ``tokens``, without engine or cache."""
         return self.logits_of(hash(tuple(tokens)) % 2**20)
 
+    def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        return self.compute_logits(self.forward(token_ids, batch))
+
     def close(self) -> None:
         self.closed = True
 
