@@ -19,43 +19,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from hybrid.gguf import GGMLType, GGUFFile, TensorInfo, dequantize
+from hybrid.backends.source import TensorSource
+from hybrid.gguf import GGMLType
 from hybrid.kvcache.blocks import AttentionBatch
 
 CacheFormat = Literal["f32", "f16", "bf16"]
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """A tensor in a file, or the same rows of every matrix of a stacked tensor.
-
-    The tensor is seen as ``[batch, rows, cols]`` (experts or heads are the batch; a plain matrix has
-    batch 1) of which rows ``row_start:row_stop`` of each matrix are wanted.
-    """
-
-    file: GGUFFile
-    info: TensorInfo
-    batch: int
-    rows: int
-    cols: int
-    row_start: int = 0
-    row_stop: int | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Rows taken from each matrix."""
-        return (self.rows if self.row_stop is None else self.row_stop) - self.row_start
-
-    def dequantized(self) -> npt.NDArray[np.float32]:
-        """All rows, a new array ``[batch, rows, cols]``."""
-        data = np.empty(self.info.n_bytes, dtype=np.uint8)
-        self.file.read_into(self.info.name, data)
-        values = dequantize(data, self.info.type, (self.batch, self.rows, self.cols))
-        return values
 
 
 @dataclass(frozen=True)
@@ -219,7 +189,8 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """Routed experts -> ``[T, hidden]``: ``Σ w · down(silu(gate x) * up x)``, summed in top-k order.
 
-        Weights are ``[num_experts, ...]`` stacks; an id of -1 contributes nothing.
+        Weights are ``[experts, ...]`` stacks, ids places in them; an id of -1 means "not here" and
+        contributes nothing.
         """
 
     @abstractmethod

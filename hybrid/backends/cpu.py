@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from hybrid.backends.base import Backend, CacheFormat, Recording, RouterConfig, TensorSource
+from hybrid.backends.base import Backend, CacheFormat, Recording, RouterConfig
+from hybrid.backends.source import TensorSource
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
@@ -94,17 +95,15 @@ class CpuBackend(Backend):
         return torch.from_numpy(source.dequantized().reshape(source.cols))
 
     def load_matrix(self, source: TensorSource) -> Any:
-        info = source.info
-        matrix = cpu.PackedMatrix(int(info.type), source.batch, source.num_rows, source.cols)
-        row_bytes = info.row_bytes
+        row_bytes, matrices = source.row_bytes, source.matrices
+        matrix = cpu.PackedMatrix(int(source.type), len(matrices), source.num_rows, source.cols)
         step = max(_GROUP_ROWS, _STAGING_BYTES // row_bytes // _GROUP_ROWS * _GROUP_ROWS)
         staging = self._staging_buffer(min(step, source.num_rows) * row_bytes)
         view = staging.numpy()
-        for index in range(source.batch):
+        for index, number in enumerate(matrices):
             for row in range(0, source.num_rows, step):
                 count = min(step, source.num_rows - row)
-                offset = (index * source.rows + source.row_start + row) * row_bytes
-                source.file.read_into(info.name, view, offset, count * row_bytes)
+                source.read_rows(number, row, count, view)
                 matrix.pack_rows(self.pool, index, row, count, staging.data_ptr())
         return matrix
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from hybrid.backends.base import Backend, CacheFormat, RouterConfig, TensorSource
+from hybrid.backends.base import Backend, CacheFormat, RouterConfig
+from hybrid.backends.source import TensorSource
 from hybrid.gguf import DEQUANTIZABLE, GGMLType
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
@@ -61,9 +62,7 @@ class FakeBackend(Backend):
         return torch.from_numpy(source.dequantized().reshape(source.cols))
 
     def load_matrix(self, source: TensorSource) -> Any:
-        values = source.dequantized()
-        taken = values[:, source.row_start : source.row_start + source.num_rows].copy()
-        return FloatMatrix(torch.from_numpy(taken), source.info.type not in _FLOAT_TYPES)
+        return FloatMatrix(torch.from_numpy(source.dequantized()), source.type not in _FLOAT_TYPES)
 
     def loading_done(self) -> None:
         """Nothing is staged."""

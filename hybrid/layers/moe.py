@@ -9,6 +9,7 @@ import torch
 
 from hybrid.backends.base import Backend, RouterConfig
 from hybrid.layers.mlp import MLP
+from hybrid.moe.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,16 @@ class Router:
 class MoE:
     """``[T, hidden] -> [T, hidden]``: the routed experts' sum plus the shared expert."""
 
-    def __init__(
-        self, router: Router, backend: Backend, gate: Any, up: Any, down: Any, shared: MLP | None
-    ) -> None:
-        self.router, self.backend, self.shared = router, backend, shared
-        self.gate, self.up, self.down = gate, up, down
+    def __init__(self, router: Router, experts: Experts, shared: MLP | None) -> None:
+        self.router, self.experts, self.shared = router, experts, shared
+
+    @property
+    def can_record(self) -> bool:
+        """Whether nothing but operations of backends takes part, see `Backend.record`."""
+        return self.experts.can_record
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        topk_ids, topk_weights = self.router(x)
-        backend = self.backend
-        ids, weights = backend.receive(topk_ids), backend.receive(topk_weights)
-        routed = backend.moe(backend.receive(x), self.gate, self.up, self.down, ids, weights)
+        routed = self.experts(x, *self.router(x))
         if self.shared is None:
             return routed
         out = self.shared(x)

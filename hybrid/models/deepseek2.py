@@ -6,11 +6,9 @@ layouts follow llama.cpp's conversion; the architecture is that of arXiv:2405.04
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from hybrid.backends.base import Backend, CacheFormat
+from hybrid.backends.base import CacheFormat
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.layers.attention import MLAAttention, MLAShape, MLAWeights
 from hybrid.layers.linear import Embedding, Linear
@@ -20,6 +18,7 @@ from hybrid.layers.norm import RMSNorm
 from hybrid.layers.rotary import rope_table
 from hybrid.models.deepseek2_config import DeepseekConfig, read_config
 from hybrid.models.weights import Weights
+from hybrid.moe.experts import Experts, ExpertStack
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "load", "read_config"]
 
@@ -52,6 +51,11 @@ class DeepseekForCausalLM:
         head: Linear,
     ) -> None:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
+
+    @property
+    def can_record(self) -> bool:
+        """Whether nothing but operations of backends takes part, see `Backend.record`."""
+        return all(layer.ffn.can_record for layer in self.layers if isinstance(layer.ffn, MoE))
 
     def allocate_cache(self, num_blocks: int, fmt: CacheFormat) -> None:
         for layer in self.layers:
@@ -161,24 +165,27 @@ def _load_moe(config: DeepseekConfig, weights: Weights, prefix: str) -> MoE:
         weights.vector(router_backend, bias_name, experts) if biased else None,
         config.router,
     )
-    backend, gate, up, down = _load_experts(config, weights, prefix)
+    routed = _load_experts(config, weights, prefix)
     shared = None
     if config.num_shared_experts:
         shared = _load_mlp(
             weights, prefix, "_shexp", hidden, config.moe_intermediate_size * config.num_shared_experts
         )
-    return MoE(router, backend, gate, up, down, shared)
+    return MoE(router, routed, shared)
 
 
-def _load_experts(config: DeepseekConfig, weights: Weights, prefix: str) -> tuple[Backend, Any, Any, Any]:
+def _load_experts(config: DeepseekConfig, weights: Weights, prefix: str) -> Experts:
     hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.router.num_experts
-    down_name, fused = prefix + "ffn_down_exps.weight", prefix + "ffn_gate_up_exps.weight"
-    if weights.has(fused):  # rows of the gate, then rows of up
-        backend = weights.backend_of(fused, down_name)
-        gate = weights.stack(backend, fused, experts, 2 * width, hidden, slice(0, width))
-        up = weights.stack(backend, fused, experts, 2 * width, hidden, slice(width, 2 * width))
-    else:
-        names = [f"{prefix}ffn_{kind}_exps.weight" for kind in ("gate", "up")]
-        backend = weights.backend_of(*names, down_name)
-        gate, up = (weights.stack(backend, name, experts, width, hidden) for name in names)
-    return backend, gate, up, weights.stack(backend, down_name, experts, hidden, width)
+    down, fused = prefix + "ffn_down_exps.weight", prefix + "ffn_gate_up_exps.weight"
+    halves = [f"{prefix}ffn_{kind}_exps.weight" for kind in ("gate", "up")]
+    is_fused = weights.has(fused)
+    stacks = []
+    for group in weights.expert_groups([fused, down] if is_fused else [*halves, down], experts):
+        if is_fused:  # rows of the gate, then rows of up
+            parts = slice(0, width), slice(width, 2 * width)
+            gate, up = (weights.stack(group, fused, experts, 2 * width, hidden, part) for part in parts)
+        else:
+            gate, up = (weights.stack(group, name, experts, width, hidden) for name in halves)
+        down_weight = weights.stack(group, down, experts, hidden, width)
+        stacks.append(ExpertStack(weights.backends[group.device], gate, up, down_weight, group.experts))
+    return Experts(stacks, experts)

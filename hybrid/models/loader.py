@@ -24,7 +24,7 @@ class Model:
         config: the family's frozen dataclass; has ``vocab_size``, ``hidden_size``, ``num_layers`` and
             ``max_position_embeddings``.
         plan: where its tensors are.
-        weight_bytes: device -> bytes its weights take there, as counted while loading.
+        loaded_bytes: tensor and device -> bytes it takes there, as counted while loading.
         num_threads: CPU workers, the calling thread among them; 0 where no tensor is on the CPU.
     """
 
@@ -34,10 +34,10 @@ class Model:
         plan: Plan,
         backends: dict[str, Backend],
         kv_format: CacheFormat,
-        weight_bytes: dict[str, int],
+        loaded_bytes: dict[tuple[str, str], int],
     ) -> None:
         self.config = network.config
-        self.weight_bytes = weight_bytes
+        self.loaded_bytes = loaded_bytes
         self.plan = plan
         self.kv_format = kv_format
         self._network, self._backends = network, backends
@@ -47,6 +47,14 @@ class Model:
     @property
     def num_threads(self) -> int:
         return getattr(self._backends.get("cpu"), "num_threads", 0)
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Device -> bytes its weights take there."""
+        found: dict[str, int] = {}
+        for (_, device), n_bytes in self.loaded_bytes.items():
+            found[device] = found.get(device, 0) + n_bytes
+        return found
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -77,7 +85,7 @@ class Model:
         Where the whole model is on a device that records, Python runs the first such step only.
         """
         backends = list(self._backends.values())
-        if len(backends) > 1 or not backends[0].can_record:
+        if len(backends) > 1 or not (backends[0].can_record and self._network.can_record):
             return self.compute_logits(self.forward(token_ids, batch))
         step = self._decode_steps.get(len(token_ids))
         if step is None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hybrid.backends.base import Backend, TensorSource
+from hybrid.backends.base import Backend
 from hybrid.backends.registry import create_backend
+from hybrid.backends.source import TensorSource
 from hybrid.errors import ModelError, PlacementError
 from hybrid.gguf import DEQUANTIZABLE, TRAITS, GGUFFile, TensorInfo
 from hybrid.log import get_logger
+from hybrid.moe.groups import ExpertGroup, group_experts, require_one_device
 from hybrid.placement.plan import Plan
 from hybrid.placement.roles import layer_of, role_of
 
@@ -45,17 +48,24 @@ class Weights(ABC):
             PlacementError: they are on different devices.
         """
         placements = {self.require(name).name: self.plan.placements[name] for name in names}
-        devices = {placement.device: name for name, placement in placements.items()}
-        if len(devices) > 1:
-            where = ", ".join(
-                f"{name} on {device} (by {placements[name].rule})" for device, name in devices.items()
-            )
+        divided = next((name for name, placement in placements.items() if placement.shares), None)
+        if divided is not None:
             raise PlacementError(
-                f"tensors that are computed together are on different devices: {where}. "
-                "Place them by role, or all of these by one rule."
+                f"{divided} is divided over devices (by {placements[divided].rule}), "
+                "which only stacks of routed experts can be; place it on one"
             )
-        (device,) = devices
-        return self.backends[device]
+        return self.backends[require_one_device(placements)]
+
+    def expert_groups(self, names: Sequence[str], num_experts: int) -> list[ExpertGroup]:
+        """Which experts of a layer go where, given the names of its stacked tensors; all of them must exist.
+
+        Raises:
+            ModelError: the file lacks one of them.
+            PlacementError: weights of an expert are on different devices.
+        """
+        return group_experts(
+            {self.require(name).name: self.plan.placements[name] for name in names}, num_experts
+        )
 
     def has(self, name: str) -> bool:
         return name in self.file.tensors
@@ -85,16 +95,23 @@ class Weights(ABC):
         return self._matrix(backend, TensorSource(self.file, info, 1, rows, cols))
 
     def stack(
-        self, backend: Backend, name: str, batch: int, rows: int, cols: int, part: slice | None = None
+        self,
+        group: ExpertGroup,
+        name: str,
+        batch: int,
+        rows: int,
+        cols: int,
+        part: slice | None = None,
     ) -> Any:
-        """A stack of matrices, or rows ``part`` of each of them."""
+        """The group's matrices of a stack of ``batch``, or rows ``part`` of each of them."""
         info = self._checked(name, (batch, rows, cols))
-        return self._matrix(backend, self._source(info, batch, rows, cols, part))
+        source = replace(self._source(info, batch, rows, cols, part), selected=group.experts)
+        return self._matrix(self.backends[group.device], source)
 
     def heads(
         self, backend: Backend, name: str, heads: int, rows: int, cols: int, part: slice | None = None
     ) -> Any:
-        """As `stack`, of a tensor that may also be stored with all rows in one matrix."""
+        """A matrix for each head, or rows ``part`` of each; the file may hold all of them as one matrix."""
         info = self.require(name)
         shape = (heads * rows, cols) if len(info.shape) == 2 else (heads, rows, cols)
         return self._matrix(backend, self._source(self._checked(name, shape), heads, rows, cols, part))
@@ -177,7 +194,7 @@ class WeightCheck(Weights):
 class WeightLoader(Weights):
     """Reads tensors to their backends, reporting bytes done and bytes in all.
 
-    ``loaded_bytes``: device -> bytes its weights take there.
+    ``loaded_bytes``: tensor and device -> bytes it takes there.
     """
 
     def __init__(
@@ -190,27 +207,24 @@ class WeightLoader(Weights):
     ) -> None:
         super().__init__(file, plan, backends)
         self._progress = progress or (lambda done, total: None)
-        self._reported: set[str] = set()
-        self.loaded_bytes = dict.fromkeys(backends, 0)
+        self.loaded_bytes: dict[tuple[str, str], int] = {}
         self._done_bytes, self._total_bytes = 0, sum(file.tensors[name].n_bytes for name in needed)
 
     def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
         vector = backend.load_vector(source)
-        self.loaded_bytes[backend.name] += vector.nbytes
-        self._report(source.info)
+        self._count(backend, source, vector.nbytes)
         return vector
 
     def _matrix(self, backend: Backend, source: TensorSource) -> Any:
         weight = backend.load_matrix(source)
-        self.loaded_bytes[backend.name] += backend.weight_bytes(weight)
-        self._report(source.info)
+        self._count(backend, source, backend.weight_bytes(weight))
         return weight
 
-    def _report(self, info: TensorInfo) -> None:
-        if info.name not in self._reported:
-            self._reported.add(info.name)
-            self._done_bytes += info.n_bytes
-            self._progress(self._done_bytes, self._total_bytes)
+    def _count(self, backend: Backend, source: TensorSource, n_bytes: int) -> None:
+        key = source.info.name, backend.name
+        self.loaded_bytes[key] = self.loaded_bytes.get(key, 0) + n_bytes
+        self._done_bytes += source.n_bytes
+        self._progress(self._done_bytes, self._total_bytes)
 
 
 def create_backends(devices: Iterable[str], num_threads: int | None) -> dict[str, Backend]:

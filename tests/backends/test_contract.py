@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid.backends.base import Backend, RouterConfig, TensorSource
+from hybrid.backends.base import Backend, RouterConfig
 from hybrid.backends.cpu import CpuBackend
 from hybrid.backends.fake import FakeBackend
+from hybrid.backends.source import TensorSource
 from hybrid.gguf import GGMLType, GGUFFile, GGUFWriter, quantize
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
@@ -48,11 +49,13 @@ class Setup:
             TensorSource(self.file, self.file.tensors[name], 1, 1, SHAPES[name][0])
         )
 
-    def matrix(self, name: str, batch: int = 1, part: slice | None = None):
+    def matrix(
+        self, name: str, batch: int = 1, part: slice | None = None, selected: tuple[int, ...] | None = None
+    ):
         rows, cols = int(np.prod(SHAPES[name][:-1])) // batch, SHAPES[name][-1]
         start, stop = (part.start, part.stop) if part else (0, rows)
         return self.backend.load_matrix(
-            TensorSource(self.file, self.file.tensors[name], batch, rows, cols, start, stop)
+            TensorSource(self.file, self.file.tensors[name], batch, rows, cols, start, stop, selected)
         )
 
 
@@ -202,6 +205,23 @@ def test_moe_skips_ids_of_minus_one(pair):
     found, expected = both(pair, operation)
     assert close(found, expected)
     assert not found[1].any()
+
+
+@pytest.mark.parametrize("selected", [(0, 1, 2, 3), (2, 5), (7,)], ids=["run", "apart", "one"])
+def test_moe_of_some_experts_is_that_of_the_stack(pair, selected):
+    """Loading a part of the experts reads those and no others, whether they follow each other or not."""
+    wanted = torch.tensor([[e, -1] for e in selected], dtype=torch.int32)
+    places = torch.tensor([[i, -1] for i in range(len(selected))], dtype=torch.int32)
+    x, weights = noise(len(selected), HIDDEN), noise(len(selected), 2, seed=1).abs()
+    for s in pair:
+        names = ("gate", "up", "down")
+        whole = [s.matrix(name, EXPERTS) for name in names]
+        some = [s.matrix(name, EXPERTS, selected=selected) for name in names]
+        found = s.backend.moe(x, *some, places, weights)
+        assert torch.equal(found, s.backend.moe(x, *whole, wanted, weights))
+        for part, stack in zip(some, whole, strict=True):
+            share = s.backend.weight_bytes(stack) * len(selected) / EXPERTS
+            assert s.backend.weight_bytes(part) == share
 
 
 def test_mlp_is_an_expert_of_weight_one(pair):

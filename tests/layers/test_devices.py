@@ -11,6 +11,7 @@ from hybrid.layers.linear import Embedding, Linear
 from hybrid.layers.mlp import MLP
 from hybrid.layers.moe import MoE, Router
 from hybrid.layers.norm import RMSNorm
+from hybrid.moe.experts import Experts, ExpertStack
 
 
 class Device(FakeBackend):
@@ -63,8 +64,9 @@ def test_router_and_experts_on_different_devices(x):
     weights = matrix(4, 6, 8), matrix(4, 6, 8), matrix(4, 8, 6)
     shared_mlp = MLP(shared, matrix(6, 8), matrix(6, 8), matrix(8, 6))
     router = Router(routers, matrix(4, 8), torch.zeros(4), config)
-    together = MoE(router, experts, *weights, shared_mlp)(x)
-    alone = MoE(router, experts, *weights, None)(x)
+    routed = Experts([ExpertStack(experts, *weights)], 4)
+    together = MoE(router, routed, shared_mlp)(x)
+    alone = MoE(router, routed, None)(x)
     assert torch.equal(together, alone + shared_mlp(x))
     assert any(tensor is x for tensor in routers.received)
     assert any(tensor.dtype is torch.int32 for tensor in experts.received)

@@ -26,10 +26,10 @@ def test_progress_counts_every_byte_once(make_reference):
     with GGUFFile.open(reference.path) as file:
         sizes = [info.n_bytes for info in file.tensors.values()]
     model.close()
-    assert len(calls) == len(sizes)
     assert {total for _, total in calls} == {sum(sizes)}
-    steps = np.diff([0, *(done for done, _ in calls)])
-    assert sorted(steps) == sorted(sizes)
+    assert calls[-1][0] == sum(sizes)
+    assert (np.diff([0, *(done for done, _ in calls)]) > 0).all()
+    assert len(calls) >= len(sizes)
 
 
 def test_progress_may_interrupt(make_reference):
