@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrid.free_memory import available_memory
-from hybrid.gguf import TRAITS, GGMLType
+from hybrid.gguf import TRAITS, GGMLType, random_blocks
 from hybrid.kernels import cpu
 from hybrid.placement.capabilities import CPU_FORMATS
 from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
@@ -31,7 +31,7 @@ from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
 TOKENS = (1, 16, 128)
 COMMON_FORMATS = (GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.Q4_K, GGMLType.F32)
 _ROWS, _COLS = 1024, 4096
-_BATCH_BYTES = 96 << 20  # of weights read in turn: more than last-level caches
+_BATCH_BYTES = 256 << 20  # of weights read in turn: several times the last-level caches
 _SECONDS = 0.05
 _ROUNDS = 3  # apart in time, since other processes disturb
 _HEADS, _LATENT, _ROPE, _KEYS = 16, 512, 64, 2048
@@ -128,14 +128,17 @@ def calibrate(
 
 
 def measure_weights(pool: cpu.ThreadPool, format_: GGMLType) -> dict[int, float]:
-    """Tokens -> seconds for one weight, of a product whose weights come from RAM. Zeroes take as long."""
+    """Tokens -> seconds for one weight, of a product whose weights come from RAM.
+
+    They are random: code-book formats look up all of their table, as with real weights.
+    """
     traits = TRAITS[format_]
     row_bytes = _COLS // traits.block_size * traits.block_bytes
     count = max(1, -(-_BATCH_BYTES // (_ROWS * row_bytes)))
     matrices = [cpu.PackedMatrix(int(format_), 1, _ROWS, _COLS) for _ in range(count)]
-    zeros = np.zeros(_ROWS * row_bytes, np.uint8)
+    rows = random_blocks(format_, _ROWS, _COLS, np.random.default_rng(0))
     for matrix in matrices:
-        matrix.pack_rows(pool, 0, 0, _ROWS, _address(zeros))
+        matrix.pack_rows(pool, 0, 0, _ROWS, _address(rows))
     found = {}
     for tokens in TOKENS:
         x = np.ones((tokens, _COLS), np.float32)

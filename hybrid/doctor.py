@@ -182,7 +182,8 @@ def bandwidth(
     threads = num_threads or len(physical)
     # More threads than cores cannot each have one.
     pool = cpu.ThreadPool(threads, physical[:threads] if threads <= len(physical) else [])
-    buffer_bytes = max(_MIN_BANDWIDTH_BYTES, 4 * last_level_cache_bytes(root))
+    # Virtual machines are shown a part of the caches they use.
+    buffer_bytes = max(_MIN_BANDWIDTH_BYTES, 32 * last_level_cache_bytes(root))
     buffer_bytes = min(buffer_bytes, max(_MIN_BANDWIDTH_BYTES, memory(root).available_bytes // 4))
     announce(f"measuring memory bandwidth, {pool.num_threads} threads")
     seconds = _MEASURE_SECONDS if seconds is None else seconds
