@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.gguf import GGMLType, GGUFFile, TensorInfo, dequantize
+from hybrid.errors import ModelError
+from hybrid.gguf import GGMLType, GGUFFile, TensorInfo, dequantize, quantize, row_bytes
 
 U8 = npt.NDArray[np.uint8]
-_WEIGHTS_AT_ONCE = 1 << 20  # of those that pass through float32
+_WEIGHTS_AT_ONCE = 1 << 18  # of those that pass through float32
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class TensorSource:
 
     The tensor is seen as ``[batch, rows, cols]`` (experts or heads are the batch; a plain matrix has
     batch 1) of which rows ``row_start:row_stop`` of the matrices ``selected`` are wanted, in that order;
-    ``None``: of all.
+    ``None``: of all. They are read in the format ``format``, into which they are quantised anew where the
+    file has another; ``None``: as in the file.
     """
 
     file: GGUFFile
@@ -31,6 +33,7 @@ class TensorSource:
     row_start: int = 0
     row_stop: int | None = None
     selected: tuple[int, ...] | None = None
+    format: GGMLType | None = None
 
     @property
     def matrices(self) -> Sequence[int]:
@@ -45,12 +48,12 @@ class TensorSource:
     @property
     def type(self) -> GGMLType:
         """The format in which rows are read."""
-        return self.info.type
+        return self.info.type if self.format is None else self.format
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row as it is read."""
-        return self.info.row_bytes
+        return self.info.row_bytes if self.type is self.info.type else row_bytes(self.type, self.cols)
 
     @property
     def n_bytes(self) -> int:
@@ -58,10 +61,36 @@ class TensorSource:
         return len(self.matrices) * self.num_rows * self.info.row_bytes
 
     def read_rows(self, matrix: int, row: int, count: int, out: U8) -> None:
-        """``count`` of the rows taken from a matrix, from the ``row``-th on, to the start of ``out``."""
+        """``count`` of the rows taken from a matrix, from the ``row``-th on, to the start of ``out``.
+
+        Raises:
+            GGUFError: the file cannot be read.
+            ModelError: a weight has no place in the format asked for.
+        """
         first = matrix * self.rows + self.row_start + row
-        row_bytes = self.info.row_bytes
-        self.file.read_into(self.info.name, out, first * row_bytes, count * row_bytes)
+        if self.type is self.info.type:
+            self._read(first, count, out)
+            return
+        step = max(1, _WEIGHTS_AT_ONCE // self.cols)
+        for start in range(0, count, step):
+            taken = min(step, count - start)
+            raw = np.empty(taken * self.info.row_bytes, dtype=np.uint8)
+            self._read(first + start, taken, raw)
+            quantized = self._quantized(dequantize(raw, self.info.type, (taken, self.cols)))
+            out[start * self.row_bytes : (start + taken) * self.row_bytes] = quantized
+
+    def _read(self, first: int, count: int, out: U8) -> None:
+        size = self.info.row_bytes
+        self.file.read_into(self.info.name, out, first * size, count * size)
+
+    def _quantized(self, values: npt.NDArray[np.float32]) -> U8:
+        try:
+            return quantize(values, self.type).reshape(-1)
+        except ValueError as error:
+            raise ModelError(
+                f"{self.file.path}: tensor {self.info.name!r} cannot be stored as {self.type.name}: {error}. "
+                "Place it without a format, or with a float one."
+            ) from error
 
     def dequantized(self) -> npt.NDArray[np.float32]:
         """What is taken, a new array ``[matrices, rows, cols]``."""

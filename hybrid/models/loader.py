@@ -109,7 +109,7 @@ def load_model(
     progress: Progress | None = None,
     config: Any = None,
 ) -> Model:
-    """Loads every tensor to the device the plan says, in the format it has.
+    """Loads every tensor to the device and in the format the plan says.
 
     The whole file is checked against its hyper-parameters before the first weight is read.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from hybrid.backends.base import Backend
 from hybrid.backends.registry import create_backend
 from hybrid.backends.source import TensorSource
 from hybrid.errors import ModelError, PlacementError
-from hybrid.gguf import DEQUANTIZABLE, TRAITS, GGUFFile, TensorInfo
+from hybrid.gguf import DEQUANTIZABLE, GGMLType, GGUFFile, TensorInfo
 from hybrid.log import get_logger
 from hybrid.moe.groups import ExpertGroup, group_experts, require_one_device
-from hybrid.placement.plan import Plan
+from hybrid.placement.capabilities import quantizing_problem
+from hybrid.placement.plan import ExpertShare, Placement, Plan
 from hybrid.placement.roles import layer_of, role_of
 
 logger = get_logger(__name__)
@@ -92,7 +92,7 @@ class Weights(ABC):
     def matrix(self, backend: Backend, name: str, rows: int, cols: int) -> Any:
         """A weight ``[rows, cols]``."""
         info = self._checked(name, (rows, cols))
-        return self._matrix(backend, TensorSource(self.file, info, 1, rows, cols))
+        return self._matrix(backend, self._source(info, 1, rows, cols))
 
     def stack(
         self,
@@ -105,7 +105,7 @@ class Weights(ABC):
     ) -> Any:
         """The group's matrices of a stack of ``batch``, or rows ``part`` of each of them."""
         info = self._checked(name, (batch, rows, cols))
-        source = replace(self._source(info, batch, rows, cols, part), selected=group.experts)
+        source = self._source(info, batch, rows, cols, part, group.experts)
         return self._matrix(self.backends[group.device], source)
 
     def heads(
@@ -121,9 +121,24 @@ class Weights(ABC):
         logger.debug("%s: tensor %s is not used: %s", self.file.path.name, name, reason)
         self.used.add(name)
 
-    def _source(self, info: TensorInfo, batch: int, rows: int, cols: int, part: slice | None) -> TensorSource:
+    def _source(
+        self,
+        info: TensorInfo,
+        batch: int,
+        rows: int,
+        cols: int,
+        part: slice | None = None,
+        experts: tuple[int, ...] | None = None,
+    ) -> TensorSource:
         start, stop = (0, rows) if part is None else (part.start, part.stop)
-        return TensorSource(self.file, info, batch, rows, cols, start, stop)
+        placed = self._placed(info.name, 0 if experts is None else experts[0])
+        format_ = None if placed.format is None else GGMLType[placed.format]
+        return TensorSource(self.file, info, batch, rows, cols, start, stop, experts, format_)
+
+    def _placed(self, name: str, expert: int) -> Placement | ExpertShare:
+        """What the plan says of a tensor, or of one expert of a divided stack."""
+        placement = self.plan.placements[name]
+        return next((share for share in placement.shares if expert in share.experts), placement)
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self.require(name)
@@ -148,17 +163,20 @@ class WeightCheck(Weights):
 
     def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
         if source.info.type not in DEQUANTIZABLE:
-            self._refuse(backend, source.info)
+            self._refuse(backend, source.type, source.info.name)
         return torch.empty(0)
 
     def _matrix(self, backend: Backend, source: TensorSource) -> Any:
-        if not backend.can_multiply(source.info.type):
-            self._refuse(backend, source.info)
+        problem = quantizing_problem(source.info.type, source.type, source.cols)
+        if problem is not None:
+            name, rule = source.info.name, self._placed(source.info.name, source.matrices[0]).rule
+            raise PlacementError(f"{rule}: {name} cannot be stored as {source.type.name}: {problem}")
+        if not backend.can_multiply(source.type):
+            self._refuse(backend, source.type, source.info.name)
         return None
 
-    def _refuse(self, backend: Backend, info: TensorInfo) -> None:
-        key = TRAITS[info.type].name, backend.describe()
-        self._refused.setdefault(key, []).append(info.name)
+    def _refuse(self, backend: Backend, format_: GGMLType, name: str) -> None:
+        self._refused.setdefault((format_.name, backend.describe()), []).append(name)
 
     def finish(self, num_layers: int) -> None:
         """Proves that nothing is left over and that every format has a kernel.

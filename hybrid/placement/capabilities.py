@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from hybrid.gguf import DEQUANTIZABLE, TRAITS, GGMLType
+from hybrid.gguf import DEQUANTIZABLE, QUANTIZABLE, TRAITS, GGMLType
 
 ISAS = ("scalar", "avx2", "avx512vnni")
 GROUP_ROWS = 16  # rows that are packed together; the last group of a matrix is padded
@@ -76,6 +76,21 @@ def can_multiply(format_: GGMLType, kind: str, isa: str = "scalar") -> bool:
     if kind == "cpu":
         return isa in ISAS and format_ in CPU_FORMATS
     return format_ in (CUDA_FORMATS if kind == "cuda" else DEQUANTIZABLE)
+
+
+def quantizing_problem(source: GGMLType, target: GGMLType, cols: int) -> str | None:
+    """Why rows of ``cols`` weights cannot change formats while loading; ``None`` if they can."""
+    if target is source:
+        return None
+    if target not in QUANTIZABLE:
+        known = ", ".join(sorted(type_.name for type_ in QUANTIZABLE if can_multiply(type_, "cpu")))
+        return f"there is no quantiser for {target.name}; choose one of {known}"
+    if source not in DEQUANTIZABLE:
+        return f"the file's {source.name} cannot be read as numbers"
+    if cols % block_cols(target):
+        block = block_cols(target)
+        return f"its rows of {cols} weights are no whole blocks of {target.name}, which have {block}"
+    return None
 
 
 def block_cols(format_: GGMLType) -> int:

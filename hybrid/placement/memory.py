@@ -59,7 +59,8 @@ class Tensor:
             return 0
         if not self.parts:
             return vector_bytes(self.info.n_elements)
-        return sum(matrix_bytes(format_ or self.info.type, kind, part) for part in self.parts)
+        stored = self.info.type if format_ is None else format_  # F32 is 0
+        return sum(matrix_bytes(stored, kind, part) for part in self.parts)
 
 
 @dataclass(frozen=True)

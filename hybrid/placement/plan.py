@@ -32,8 +32,8 @@ class Placement:
     """The decision for one tensor.
 
     ``rule`` says where it comes from: a place in a file, or "auto". ``n_bytes`` are those on the device,
-    padding and copies for NUMA nodes included; ``format`` is the name of the GGML type that it is stored in
-    there, ``None``: as in the file.
+    padding and copies for NUMA nodes included; ``format`` is the name of the GGML type that a matrix is
+    stored in there, ``None``: as in the file. Vectors are float32 everywhere.
 
     ``shares`` divide a stack of experts: every expert is in exactly one of them, ``device`` is the first
     one's and ``n_bytes`` their sum. With none the whole tensor is on ``device``.
