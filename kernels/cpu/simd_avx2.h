@@ -33,6 +33,16 @@ struct V {
     _mm256_storeu_si256(q + 1, x.b);
   }
   static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  // Lanes must be below 65536.
+  static void store_u16(uint16_t* p, I x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8));
+  }
+  static void store_bytes(uint8_t (&p)[2][4][8], I x) {
+    const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), t = _mm256_broadcastsi128_si256(turn);
+    store(p, {_mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x.a, t), order),
+              _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x.b, t), order)});
+  }
   static I load_u8(const uint8_t* p) {
     const __m128i v = load128(p);
     return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
@@ -60,6 +70,46 @@ struct V {
     const int* t = reinterpret_cast<const int*>(table);
     return {_mm256_i32gather_epi32(t, index.a, 4), _mm256_i32gather_epi32(t, index.b, 4)};
   }
+  template <class Index>
+  static I lookup8(const uint32_t* table, Index index) {
+    return {lookup4(table, index, 0), lookup4(table, index, 4)};
+  }
+  template <class Index>
+  static __m256i lookup4(const uint32_t* table, Index index, int row) {
+    const __m128i low = lookup2(table, index(row), index(row + 1)), high = lookup2(table, index(row + 2), index(row + 3));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
+  static __m128i lookup2(const uint32_t* table, int first, int second) {
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + 2 * first));
+    const double* high = reinterpret_cast<const double*>(table + 2 * second);
+    return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), high));
+  }
+  static I negate8(I rows, const uint8_t* signs) { return {negate4(rows.a, signs), negate4(rows.b, signs + 4)}; }
+  static __m256i negate4(__m256i rows, const uint8_t* signs) {
+    int word;
+    __builtin_memcpy(&word, signs, 4);
+    // Every byte of a row gets the row's signs, and keeps its own.
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
+                                            3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
+    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(word), spread), bit);
+    const __m256i negative = _mm256_cmpeq_epi8(own, bit);
+    return _mm256_sub_epi8(_mm256_xor_si256(rows, negative), negative);
+  }
+  static I dot8_s8(I acc, I codes, const int8_t* p) {
+    long long words;
+    __builtin_memcpy(&words, p, 8);
+    const __m256i x = _mm256_set1_epi64x(words);
+    return {dot4(acc.a, _mm256_abs_epi8(codes.a), _mm256_sign_epi8(x, codes.a)),
+            dot4(acc.b, _mm256_abs_epi8(codes.b), _mm256_sign_epi8(x, codes.b))};
+  }
+  template <int kWords>
+  static __m256i every_other(I rows) {
+    const __m256 words = _mm256_shuffle_ps(_mm256_castsi256_ps(rows.a), _mm256_castsi256_ps(rows.b), kWords);
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(words), 0xd8);
+  }
+  static I low_words(I rows, I later) { return {every_other<0x88>(rows), every_other<0x88>(later)}; }
+  static I high_words(I rows, I later) { return {every_other<0xdd>(rows), every_other<0xdd>(later)}; }
   static __m256i broadcast_dword(const int8_t* x) {
     int word;
     __builtin_memcpy(&word, x, 4);

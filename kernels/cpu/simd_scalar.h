@@ -45,6 +45,14 @@ struct V {
     return r;
   }
   static void store(void* p, const I& a) { std::memcpy(p, a.l, 64); }
+  static void store_u16(uint16_t* p, const I& a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.l[i]);
+  }
+  // Byte b of lane i to [i / 8][b][i % 8].
+  static void store_bytes(uint8_t (&p)[2][4][8], const I& a) {
+    for (int i = 0; i < 16; ++i)
+      for (int b = 0; b < 4; ++b) p[i / 8][b][i % 8] = static_cast<uint8_t>(a.l[i] >> (8 * b));
+  }
   static I load_u8(const uint8_t* p) {
     I r;
     for (int i = 0; i < 16; ++i) r.l[i] = p[i];
@@ -91,6 +99,40 @@ struct V {
   }
   static I gather(const uint32_t* table, const I& index) {
     return map(index, [table](uint32_t x) { return table[x]; });
+  }
+  // Eight rows of eight columns in one vector: row r is lanes 2r and 2r + 1.
+  template <class Index>
+  static I lookup8(const uint32_t* table, Index index) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = table[2 * index(i / 2) + i % 2];
+    return r;
+  }
+  // Bit c of signs[r] negates column c of row r.
+  static I negate8(const I& rows, const uint8_t* signs) {
+    I r;
+    int8_t bytes[64];
+    std::memcpy(bytes, rows.l, 64);
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<int8_t>(signs[i / 8] >> (i % 8) & 1 ? -bytes[i] : bytes[i]);
+    std::memcpy(r.l, bytes, 64);
+    return r;
+  }
+  // Even lanes: acc + codes times x[0..3]; odd lanes: times x[4..7].
+  static I dot8_s8(const I& acc, const I& codes, const int8_t* x) {
+    const I low = dot_s8(acc, codes, x), high = dot_s8(acc, codes, x + 4);
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = i % 2 == 0 ? low.l[i] : high.l[i];
+    return r;
+  }
+  // Columns 0-3, and 4-7, of sixteen rows.
+  static I low_words(const I& rows, const I& later) {
+    I r;
+    for (int i = 0; i < 8; ++i) r.l[i] = rows.l[2 * i], r.l[8 + i] = later.l[2 * i];
+    return r;
+  }
+  static I high_words(const I& rows, const I& later) {
+    I r;
+    for (int i = 0; i < 8; ++i) r.l[i] = rows.l[2 * i + 1], r.l[8 + i] = later.l[2 * i + 1];
+    return r;
   }
   // Lane by lane: acc + sum over four bytes of code * x; x is the same in every lane.
   static I dot_u8(const I& acc, const I& codes, const int8_t* x) {
