@@ -31,7 +31,8 @@ from hybrid.gguf import GGUFFile
 from hybrid.placement.cost import run_tps
 from hybrid.placement.memory import Model, read_model
 
-_OF_ROWS = ("read_bandwidth", "predicted_ts")  # of a setup, that each row has its part of
+# Of a setup, what each row has its part of.
+_OF_ROWS = ("read_bandwidth", "predicted_ts", "routed_active_bytes")
 DECODE_LIMIT = "ram_read_bandwidth"
 
 
@@ -75,7 +76,9 @@ class Setup:
     n_ubatch: int
     placement_hash: str
     experts_per_token: int | None
+    expert_threshold: float | None
     active_bytes: int
+    routed_active_bytes: float
     kv_bytes_per_token: int | None
     read_bandwidth: float | None
     predicted_ts: dict[str, float | None]
@@ -122,7 +125,8 @@ def prepare(
     path = model_path(model)
     needed = context_needed(tests)
     with open_for_description(path) as file:
-        summary = summarise(file, kv_format=options.kv_format)
+        per_token = options.experts.per_token
+        summary = summarise(file, kv_format=options.kv_format, experts_per_token=per_token)
         limit = file.get(f"{file.architecture}.context_length", int)
         if needed > limit:
             raise CapacityError(
@@ -130,7 +134,7 @@ def prepare(
                 " lower -p, -n or -d"
             )
         kind = model_type(file, summary.parameters)
-        planned = read_model(file)
+        planned = read_model(file, per_token)
     select_isa(options.isa)
     announce("measuring memory bandwidth")
     read_bandwidth = bandwidth().all_threads
@@ -150,7 +154,9 @@ def prepare(
             n_ubatch=options.max_num_batched_tokens,
             placement_hash=loaded.plan.digest(),
             experts_per_token=summary.num_experts_per_tok or None,
+            expert_threshold=options.experts.threshold or None,
             active_bytes=summary.active_bytes,
+            routed_active_bytes=sum(r.active_bytes for r in summary.roles if r.role == "routed_experts"),
             kv_bytes_per_token=summary.kv_bytes_per_token,
             read_bandwidth=read_bandwidth,
             predicted_ts=_predict(planned, loaded, tests, read_bandwidth, announce),
@@ -194,11 +200,13 @@ def run_tests(
         announce(f"{title}: warming up")
         _fill(sequence, test.n_depth, rng)
         _time_once(sequence, Workload(test.n_prompt, min(test.n_gen, 1), test.n_depth), rng)
-        seconds = []
+        seconds, before = [], sequence.model.expert_count
         for repetition in range(repetitions):
             announce(f"{title}: run {repetition + 1} of {repetitions}")
             seconds.append(_time_once(sequence, test, rng))
-        yield make_row(test, setup, [test.num_tokens / s for s in seconds])
+        after = sequence.model.expert_count
+        chosen, run = (b - a for a, b in zip(before, after, strict=True))
+        yield make_row(test, setup, [test.num_tokens / s for s in seconds], run / chosen if chosen else 1.0)
 
 
 def _fill(sequence: SingleSequence, length: int, rng: np.random.Generator) -> None:
@@ -223,18 +231,22 @@ def _random_ids(sequence: SingleSequence, count: int, rng: np.random.Generator) 
     return rng.integers(0, sequence.vocab_size, count, dtype=np.int32)
 
 
-def make_row(test: Workload, setup: Setup, samples_ts: list[float]) -> dict[str, Any]:
+def make_row(
+    test: Workload, setup: Setup, samples_ts: list[float], experts_run: float = 1.0
+) -> dict[str, Any]:
     """A row of results as plain JSON values.
 
     ``stddev_ts`` is the sample deviation, 0 for one sample. ``predicted_ts`` is what the plan expects.
-    Null where nothing is known yet: the limit of prompt processing, and ``expert_threshold`` (a token's
-    experts are always all run).
+    ``experts_run`` is the share of a token's experts that its threshold left; ``active_bytes`` counts those.
+    Null are the limit of prompt processing, which is not measured, and an ``expert_threshold`` that is off.
     """
     average = float(np.mean(samples_ts))
     limit = setup.read_bandwidth if test.n_gen else None
-    token_bytes = setup.active_bytes + (setup.kv_bytes_per_token or 0) * test.mean_context
+    active_bytes = round(setup.active_bytes - (1 - experts_run) * setup.routed_active_bytes)
+    token_bytes = active_bytes + (setup.kv_bytes_per_token or 0) * test.mean_context
     return {
         **{key: value for key, value in asdict(setup).items() if key not in _OF_ROWS},
+        "active_bytes": active_bytes,
         "test": test.label,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,
@@ -242,7 +254,6 @@ def make_row(test: Workload, setup: Setup, samples_ts: list[float]) -> dict[str,
         "avg_ts": average,
         "stddev_ts": float(np.std(samples_ts, ddof=1)) if len(samples_ts) > 1 else 0.0,
         "samples_ts": samples_ts,
-        "expert_threshold": None,
         "limit_kind": None if limit is None else DECODE_LIMIT,
         "limit_value": limit,
         "limit_fraction": None if limit is None else token_bytes * average / limit,

@@ -48,6 +48,28 @@ class EngineConfig:
             )
 
 
+@dataclass(frozen=True)
+class ExpertUse:
+    """How many of the routed experts that a model chooses for a token are run.
+
+    Attributes:
+        per_token: the best so many; ``None``: the model's own number.
+        threshold: of those, the ones whose weight is at least this share of the token's largest; 0: all.
+
+    Raises:
+        ConfigError: a value is no number, or out of range.
+    """
+
+    per_token: int | None = None
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.per_token is not None and (type(self.per_token) is not int or self.per_token < 1):
+            raise ConfigError(f"experts_per_token: expected an integer >= 1, found {self.per_token!r}")
+        if type(self.threshold) not in (int, float) or not 0 <= self.threshold <= 1:
+            raise ConfigError(f"expert_threshold: expected a number from 0 to 1, found {self.threshold!r}")
+
+
 DEMO_MODEL = "demo"
 _DEMO_FILE = Path(__file__).parent / "demo" / "demo.gguf"
 

@@ -76,7 +76,11 @@ class ModelSummary:
 
 
 def summarise(
-    file: GGUFFile, *, kv_format: str = "f16", has_kernel: Callable[[int], bool] = lambda _: True
+    file: GGUFFile,
+    *,
+    kv_format: str = "f16",
+    has_kernel: Callable[[int], bool] = lambda _: True,
+    experts_per_token: int | None = None,
 ) -> ModelSummary:
     """Describes an open file.
 
@@ -84,11 +88,9 @@ def summarise(
         file: opened with or without its data.
         kv_format: ``f32``, ``f16`` or ``bf16``, for the cache's bytes.
         has_kernel: whether a tensor type id can be computed with on this machine.
-
-    Raises:
-        GGUFError: the header contradicts itself (experts used exceed experts present).
+        experts_per_token: as `ActiveShares`, whose errors are raised too.
     """
-    shares = ActiveShares(file)
+    shares = ActiveShares(file, experts_per_token)
     tensors = [_summarise_tensor(shares, info) for info in file.tensors.values()]
     return ModelSummary(
         architecture=file.architecture,

@@ -92,6 +92,14 @@ def by_device(parse: Callable[[str], float]) -> Callable[[str], tuple[tuple[str 
     return parse_all
 
 
+def share(text: str) -> float:
+    """A parser of numbers from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
 def positive(text: str) -> float:
     """A parser of numbers above 0."""
     value = float(text)
@@ -124,6 +132,14 @@ VARIABLES: dict[str, EnvVar] = {
     ),
     "HYBRID_KV_FORMAT": EnvVar(
         one_of("f32", "f16", "bf16"), "f32, f16 or bf16", "format of the KV cache: f32, f16 or bf16"
+    ),
+    "HYBRID_EXPERTS_PER_TOKEN": EnvVar(
+        integer(1), _COUNT, "run so many of a token's experts, the best (default: the model's number)"
+    ),
+    "HYBRID_EXPERT_THRESHOLD": EnvVar(
+        share,
+        "a number from 0 to 1",
+        "run no experts that weigh less than this share of a token's heaviest (default: 0)",
     ),
     "HYBRID_THREADS": EnvVar(integer(1), _COUNT, "CPU worker threads (default: one for each physical core)"),
     "HYBRID_ISA": EnvVar(

@@ -43,6 +43,9 @@ class LLM:
         progress: called with (bytes read, bytes in all) while the model loads.
         ram_bytes: RAM that weights, cache and working memory may take. Default: what is free.
         fit: shorten the context, then the steps, until the model fits.
+        experts_per_token: run so many of the experts chosen for a token, the best. Default: all.
+        expert_threshold: run those whose weight is at least this share, 0 to 1, of the token's largest.
+            Default: all.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -64,10 +67,12 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         ram_bytes: int | None = None,
         fit: bool = False,
+        experts_per_token: int | None = None,
+        expert_threshold: float | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
-            ram_bytes, fit,
+            ram_bytes, fit, experts_per_token, expert_threshold,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)
@@ -94,7 +99,10 @@ class LLM:
         loaded = self._loaded
         threads = "1 thread" if loaded.num_threads == 1 else f"{loaded.num_threads} threads"
         cpu = f"ISA {loaded.isa}, {threads}, " if loaded.num_threads else ""
-        return f"{loaded.path.name}: {loaded.plan.one_line()}; {cpu}context {self.max_model_len}"
+        use = loaded.experts
+        reduced = "" if use.per_token is None else f", experts per token {use.per_token}"
+        reduced += f", expert threshold {use.threshold:g}" if use.threshold else ""
+        return f"{loaded.path.name}: {loaded.plan.one_line()}; {cpu}context {self.max_model_len}{reduced}"
 
     def generate(
         self,

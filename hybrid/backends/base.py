@@ -42,6 +42,7 @@ class RouterConfig:
     topk_groups: int = 1
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
+    expert_threshold: float = 0.0  # `hybrid.moe.reduction` drops experts below it, after `route`
 
 
 class Recording(Protocol):

@@ -132,6 +132,13 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "--rules", default="auto")
     flag(group, "--ram")
     flag(group, "--fit")
+    add_experts(group)
+
+
+def add_experts(group: argparse._ActionsContainer) -> None:
+    """Flags that run fewer experts."""
+    flag(group, "--experts-per-token")
+    flag(group, "--expert-threshold")
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
@@ -180,6 +187,8 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
             progress=show,
             ram_bytes=args.ram,
             fit=args.fit,
+            experts_per_token=args.experts_per_token,
+            expert_threshold=args.expert_threshold,
             **options,
         )
 

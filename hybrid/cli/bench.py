@@ -27,6 +27,7 @@ _WIDTHS = {
     "isa": -10,
     "ub": 5,
     "ctk": -5,
+    "experts": -12,
 }
 
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(group, "-t", "--threads")
     arguments.flag(group, "--isa")
     arguments.flag(group, "--rules", default="auto")
+    arguments.add_experts(group)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         isa=args.isa,
         kv_format=args.kv_format,
         max_num_batched_tokens=args.ubatch_size,
+        experts_per_token=args.experts_per_token,
+        expert_threshold=args.expert_threshold,
     )
     with status_line() as announce:
 
@@ -99,6 +103,7 @@ def _print_markdown(rows: Iterator[dict[str, Any]], args: argparse.Namespace) ->
     columns += ["isa"] if args.isa is not None else []
     columns += ["ub"] if args.ubatch_size != _DEFAULT_UBATCH else []
     columns += ["ctk"] if args.kv_format != "f16" else []
+    columns += ["experts"] if args.experts_per_token is not None or args.expert_threshold else []
     widths = {name: _WIDTHS[name] for name in columns} | {"test": 15, "t/s": 20}
     done: list[dict[str, Any]] = []
     for row in rows:
@@ -120,9 +125,16 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "isa": row["isa"],
         "ub": str(row["n_ubatch"]),
         "ctk": row["type_k"],
+        "experts": _experts(row),
         "test": row["test"],
         "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
     }
+
+
+def _experts(row: dict[str, Any]) -> str:
+    """``3, > 0.2``: experts of a token, and the share of the heaviest one's weight that they must have."""
+    threshold = row["expert_threshold"]
+    return f"{row['experts_per_token']}" + (f", ≥ {threshold:g}" if threshold else "")
 
 
 def _line(cells: dict[str, str], widths: dict[str, int]) -> str:

@@ -43,7 +43,17 @@ def run(args: argparse.Namespace) -> int:
     model, text_path = _inputs(args)
     text = read_text(text_path)
     n_ctx = args.ctx_size or _DEFAULT_CONTEXT
-    options = LoadOptions(args.rules, n_ctx, args.threads, args.isa, args.kv_format)
+    options = LoadOptions(
+        args.rules,
+        n_ctx,
+        args.threads,
+        args.isa,
+        args.kv_format,
+        ram_bytes=args.ram,
+        fit=args.fit,
+        experts_per_token=args.experts_per_token,
+        expert_threshold=args.expert_threshold,
+    )
     with byte_progress("loading") as progress:
         loaded = load(model, options, progress)
     try:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", default="f16", choices=_CACHE_FORMATS)
     arguments.flag(parser, "--rules", default="auto")
     arguments.flag(parser, "--fit")
+    arguments.add_experts(parser)
     group = parser.add_argument_group("machine", "this one, or one that differs from it by these")
     for name in ("--vram", "--bandwidth"):
         arguments.flag(group, name, action=arguments.Extend)
@@ -46,14 +47,15 @@ _CACHE_FORMATS = ("f32", "f16", "bf16", "q8_0")
 
 
 def run(args: argparse.Namespace) -> int:
-    from hybrid.config import DEFAULT_MAX_MODEL_LEN, model_path
+    from hybrid.config import DEFAULT_MAX_MODEL_LEN, ExpertUse, model_path
     from hybrid.gguf import GGUFFile
     from hybrid.placement.memory import RunSize
     from hybrid.placement.planner import Planner
 
     path = model_path(args.model if args.file is None else args.file)
     with GGUFFile.open(path, header_only=True) as file:
-        planner = Planner(file, args.rules, machine_of(args))
+        experts = ExpertUse(args.experts_per_token, args.expert_threshold or 0.0)
+        planner = Planner(file, args.rules, machine_of(args), experts)
         longest = planner.model.dims.context_length or DEFAULT_MAX_MODEL_LEN
         context = min(longest, DEFAULT_MAX_MODEL_LEN) if args.ctx_size is None else args.ctx_size or longest
         if context > longest:

@@ -13,7 +13,14 @@ from hybrid import env
 from hybrid.backends.isa import select_isa
 from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
-from hybrid.config import CACHE_BYTES, DEFAULT_MAX_MODEL_LEN, EngineConfig, KVFormat, model_path
+from hybrid.config import (
+    CACHE_BYTES,
+    DEFAULT_MAX_MODEL_LEN,
+    EngineConfig,
+    ExpertUse,
+    KVFormat,
+    model_path,
+)
 from hybrid.engine.engine import Engine, check_context
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
@@ -43,6 +50,8 @@ class LoadOptions:
     max_num_batched_tokens: int = 512
     ram_bytes: int | None = None
     fit: bool = False
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in CACHE_BYTES:
@@ -51,6 +60,14 @@ class LoadOptions:
             raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
             raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
+        self.experts  # noqa: B018  checks them
+
+    @property
+    def experts(self) -> ExpertUse:
+        """Which experts of a token are run."""
+        return ExpertUse(
+            self.experts_per_token, 0.0 if self.expert_threshold is None else self.expert_threshold
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class LoadedModel:
     plan: Plan
     isa: str
     num_threads: int
+    experts: ExpertUse
 
 
 def load(
@@ -99,14 +117,16 @@ def load(
             num_threads=num_threads,
             kv_format=options.kv_format,
             progress=progress,
-            config=hparams,
+            config=_with_experts(hparams, options.experts),
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
             engine = Engine(loaded, config, end_token_ids=tokenizer.stop_ids)
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
-    return LoadedModel(path, engine, tokenizer, template, placements, isa, loaded.num_threads)
+    return LoadedModel(
+        path, engine, tokenizer, template, placements, isa, loaded.num_threads, options.experts
+    )
 
 
 _loading_process: int | None = None  # the process that loaded a model first
@@ -129,7 +149,18 @@ def _plan(file: GGUFFile, options: LoadOptions, config: EngineConfig, machine: M
     size = RunSize(
         config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, options.kv_format
     )
-    return plan(file, options.rules, machine=machine, size=size, fit=options.fit)
+    return plan(file, options.rules, machine=machine, size=size, fit=options.fit, experts=options.experts)
+
+
+def _with_experts(hparams: Any, use: ExpertUse) -> Any:
+    """The hyper-parameters of a family with a reduced router."""
+    router = hparams.router
+    router = replace(
+        router,
+        num_experts_per_tok=use.per_token or router.num_experts_per_tok,
+        expert_threshold=use.threshold,
+    )
+    return replace(hparams, router=router)
 
 
 def engine_config(options: LoadOptions, limit: int) -> EngineConfig:

@@ -8,6 +8,7 @@ import torch
 
 from hybrid.engine.scheduler import ScheduledSequence
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.moe.reduction import ExpertCount
 
 LOGITS_ROWS = 64  # rows of prompt logits computed at once: 33 MB of a vocabulary of 130k
 
@@ -30,6 +31,10 @@ class CausalLM(Protocol):
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Logits float32 ``[S, vocab]`` of one new token for each of the batch's ``S`` sequences."""
+
+    @property
+    def expert_count(self) -> ExpertCount:
+        """Experts chosen and run by now; zeros where none is ever dropped."""
 
     def close(self) -> None:
         """Free everything."""

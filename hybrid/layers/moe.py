@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,19 +10,25 @@ import torch
 from hybrid.backends.base import Backend, RouterConfig
 from hybrid.layers.mlp import MLP
 from hybrid.moe.experts import Experts
+from hybrid.moe.reduction import ExpertCounter, drop_minor_experts
 
 
 @dataclass(frozen=True)
 class Router:
-    """The router's weight and selection bias, on their own device."""
+    """The router's weight and selection bias, on their own device. Counts experts where it drops some."""
 
     backend: Backend
     weight: Any
     bias: torch.Tensor | None
     config: RouterConfig
+    counter: ExpertCounter = field(default_factory=ExpertCounter)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.backend.route(self.backend.receive(x), self.weight, self.bias, self.config)
+        ids, weights = self.backend.route(self.backend.receive(x), self.weight, self.bias, self.config)
+        if self.config.expert_threshold:
+            ids, weights = drop_minor_experts(ids, weights, self.config)
+            self.counter.add(ids)
+        return ids, weights
 
 
 class MoE:
@@ -34,7 +40,7 @@ class MoE:
     @property
     def can_record(self) -> bool:
         """Whether nothing but operations of backends takes part, see `Backend.record`."""
-        return self.experts.can_record
+        return self.experts.can_record and not self.router.config.expert_threshold
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         routed = self.experts(x, *self.router(x))

@@ -19,6 +19,7 @@ from hybrid.layers.rotary import rope_table
 from hybrid.models.deepseek2_config import DeepseekConfig, read_config
 from hybrid.models.weights import Weights
 from hybrid.moe.experts import Experts, ExpertStack
+from hybrid.moe.reduction import ExpertCount
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "load", "read_config"]
 
@@ -51,11 +52,17 @@ class DeepseekForCausalLM:
         head: Linear,
     ) -> None:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
+        self._moes = [layer.ffn for layer in layers if isinstance(layer.ffn, MoE)]
 
     @property
     def can_record(self) -> bool:
         """Whether nothing but operations of backends takes part, see `Backend.record`."""
-        return all(layer.ffn.can_record for layer in self.layers if isinstance(layer.ffn, MoE))
+        return all(moe.can_record for moe in self._moes)
+
+    @property
+    def expert_count(self) -> ExpertCount:
+        counts = [moe.router.counter.read() for moe in self._moes]
+        return ExpertCount(*(sum(numbers) for numbers in zip(*counts, strict=True)))
 
     def allocate_cache(self, num_blocks: int, fmt: CacheFormat) -> None:
         for layer in self.layers:

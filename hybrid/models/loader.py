@@ -12,6 +12,7 @@ from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
+from hybrid.moe.reduction import ExpertCount
 from hybrid.placement.plan import Plan
 
 _CACHE_BYTES: dict[CacheFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
@@ -91,6 +92,12 @@ class Model:
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
         return step.run(self._network, backends[0], token_ids, batch)
+
+    @property
+    def expert_count(self) -> ExpertCount:
+        """Since the model was loaded; zeros where no threshold drops experts."""
+        count: ExpertCount = self._network.expert_count
+        return count
 
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""

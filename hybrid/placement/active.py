@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrid.errors import GGUFError
+from hybrid.errors import ConfigError, GGUFError
 from hybrid.gguf import GGUFFile, TensorInfo
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.roles import layer_of
@@ -13,11 +13,15 @@ from hybrid.placement.roles import layer_of
 class ActiveShares:
     """Which part of each tensor of a file one token reads.
 
+    Args:
+        experts_per_token: run so many of a token's experts; ``None``: as many as the model was made for.
+
     Raises:
         GGUFError: the header contradicts itself (experts used exceed experts present).
+        ConfigError: the model has fewer experts per token than asked for.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, experts_per_token: int | None = None) -> None:
         self.names = file.tensors.keys()
         key = f"{file.architecture}.expert_used_count"
         used = file.metadata.get(key, 0)
@@ -40,6 +44,15 @@ class ActiveShares:
                 expected=f"1 to {self.num_experts}",
                 found=most,
             )
+        if experts_per_token is not None:
+            self._reduce(experts_per_token, most)
+
+    def _reduce(self, experts_per_token: int, most: int) -> None:
+        if experts_per_token > most:
+            found = f"the model was made for {most}" if most else "the model has no routed experts"
+            raise ConfigError(f"experts_per_token: {found}, and {experts_per_token} are asked for")
+        self.used = min(self.used, experts_per_token)
+        self.used_by_layer = {n: min(used, experts_per_token) for n, used in self.used_by_layer.items()}
 
     def share(self, info: TensorInfo, role: str) -> float:
         """Bytes read ÷ bytes there: 0 where nothing is loaded, more than 1 for a tied embedding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -112,13 +112,11 @@ class DeviceMemory:
         return 0 if self.budget_bytes is None else max(0, self.total_bytes - self.budget_bytes)
 
 
-def read_model(file: GGUFFile) -> Model:
-    """Sizes, roles and active shares of all tensors.
-
-    Raises:
-        GGUFError: the header contradicts itself.
-    """
-    shares, dims = ActiveShares(file), read_dimensions(file)
+def read_model(file: GGUFFile, experts_per_token: int | None = None) -> Model:
+    """Sizes, roles and active shares of all tensors; arguments and errors are those of `ActiveShares`."""
+    shares, dims = ActiveShares(file, experts_per_token), read_dimensions(file)
+    if experts_per_token is not None:
+        dims = replace(dims, num_experts_per_tok=min(dims.num_experts_per_tok, experts_per_token))
     tensors = []
     for name, info in file.tensors.items():
         role = role_of(name)

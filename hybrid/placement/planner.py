@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybrid.config import ExpertUse
 from hybrid.errors import CapacityError, PlacementError
 from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.placement.auto import CPU, place_open
@@ -33,6 +34,7 @@ def plan(
     machine: Machine | None = None,
     size: RunSize | None = None,
     fit: bool = False,
+    experts: ExpertUse | None = None,
 ) -> Plan:
     """Places every tensor of ``file``: the first rule that matches decides, `place_open` does the rest.
 
@@ -40,21 +42,29 @@ def plan(
         machine: whose devices and budgets count; a CPU with unknown memory if not given.
         size: what the run is sized for.
         fit: shorten the context, and then the batch, until everything fits.
+        experts: of those of a token, which are run; the model's own number if not given.
 
     Raises:
         PlacementError: the rules are malformed, are for another architecture, or one of them matches nothing.
+        ConfigError: the model has fewer experts per token than asked for.
         CapacityError: a device's budget is exceeded; the message holds the table and what would fit.
         GGUFError: the header contradicts itself.
     """
-    return Planner(file, rules, machine or Machine()).plan(size or RunSize(), fit=fit)
+    return Planner(file, rules, machine or Machine(), experts).plan(size or RunSize(), fit=fit)
 
 
 class Planner:
     """Plans of one file under one set of rules, for any size."""
 
-    def __init__(self, file: GGUFFile, rules: str | Path | dict[str, Any], machine: Machine) -> None:
-        self.machine = machine
-        self.model = read_model(file)
+    def __init__(
+        self,
+        file: GGUFFile,
+        rules: str | Path | dict[str, Any],
+        machine: Machine,
+        experts: ExpertUse | None = None,
+    ) -> None:
+        self.machine, self.experts = machine, experts or ExpertUse()
+        self.model = read_model(file, self.experts.per_token)
         self.rule_set = None if rules == AUTO else load_rules(rules)
         self._chosen: dict[str, Rule] = {}
         if self.rule_set is not None:
@@ -69,7 +79,8 @@ class Planner:
         if _missing(found):
             raise CapacityError(refusal(self, found))
         prediction = predict(self.model, found.placements, self.machine, found.size)
-        return replace(found, prediction=prediction, warnings=tuple(cautions(self.model, found)))
+        warnings = tuple(cautions(self.model, found, self.experts))
+        return replace(found, prediction=prediction, warnings=warnings)
 
     def explain(self, name: str, size: RunSize) -> list[str]:
         """The rules tried for a tensor, one line each, and where it goes.

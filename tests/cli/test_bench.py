@@ -23,6 +23,7 @@ from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.moe.reduction import ExpertCount
 from hybrid.synth import resolve_shape, synthesise
 
 VOCAB, HIDDEN = 40, 8
@@ -68,6 +69,10 @@ class StubModel:
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         return self.compute_logits(self.forward(token_ids, batch))
 
+    @property
+    def expert_count(self) -> ExpertCount:
+        return ExpertCount()
+
     def close(self) -> None:
         pass
 
@@ -86,6 +91,8 @@ def setup(**changes: Any) -> bench.Setup:
         "n_ubatch": 512,
         "placement_hash": "0" * 12,
         "experts_per_token": 4,
+        "expert_threshold": None,
+        "routed_active_bytes": 400.0,
         "active_bytes": 600,
         "kv_bytes_per_token": 10,
         "read_bandwidth": 1e6,
@@ -206,6 +213,37 @@ def test_json_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert decode["predicted_ts"] == pytest.approx(expected, rel=0.001)
     assert rows[0]["predicted_ts"] == pytest.approx(expected, rel=0.2)  # logits of the last token alone
     assert decode["active_bytes"] < decode["model_size"] and decode["limit_value"] > 1e8
+
+
+def test_fewer_experts_are_stated_and_counted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("-o", "json", "-n", "16")
+    whole, two, dropped = (
+        json.loads(command(capsys, tiny, *options, *more))[-1]
+        for more in ((), ("--experts-per-token", "2"), ("--expert-threshold", "0.9"))
+    )
+    assert (whole["experts_per_token"], whole["expert_threshold"]) == (4, None)
+    assert (two["experts_per_token"], two["expert_threshold"]) == (2, None)
+    assert (dropped["experts_per_token"], dropped["expert_threshold"]) == (4, 0.9)
+    with GGUFFile.open(tiny) as file:
+        routed = sum(t.active_bytes for t in summarise(file).tensors if t.role == "routed_experts")
+    assert two["active_bytes"] == pytest.approx(whole["active_bytes"] - routed / 2, abs=1)
+    # At least one of a token's four experts is run, and at 0.9 hardly ever all.
+    assert whole["active_bytes"] - 0.75 * routed - 1 <= dropped["active_bytes"] < whole["active_bytes"]
+    for row in (whole, two, dropped):
+        token_bytes = row["active_bytes"] + row["kv_bytes_per_token"] * 8.5
+        assert row["limit_fraction"] == pytest.approx(token_bytes * row["avg_ts"] / row["limit_value"])
+    assert two["predicted_ts"] > whole["predicted_ts"]
+    header, _, row = command(
+        capsys, tiny, "-n", "0", "--experts-per-token", "2", "--expert-threshold", "0.5"
+    ).splitlines()[:3]
+    assert "| experts      |" in header and "| 2, ≥ 0.5     |" in row
+
+
+def test_experts_dropped_by_a_threshold_are_not_active_bytes() -> None:
+    row = bench.make_row(bench.Workload(0, 128, 100), setup(), [10.0], experts_run=0.75)
+    assert row["active_bytes"] == 600 - 400 // 4
+    assert row["limit_fraction"] == pytest.approx((500 + 10 * 164.5) * 10 / 1e6)
+    assert "routed_active_bytes" not in row
 
 
 def test_table_is_llama_benchs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

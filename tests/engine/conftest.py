@@ -11,6 +11,7 @@ import torch
 from hybrid.config import EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.moe.reduction import ExpertCount
 
 VOCAB = 50
 
@@ -68,6 +69,10 @@ class MockModel:
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         return self.compute_logits(self.forward(token_ids, batch))
+
+    @property
+    def expert_count(self) -> ExpertCount:
+        return ExpertCount()
 
     def close(self) -> None:
         self.closed = True

@@ -10,6 +10,7 @@ import pytest
 
 import hybrid.llm
 from hybrid.chat import ChatTemplate
+from hybrid.config import ExpertUse
 from hybrid.engine.load import LoadedModel
 from hybrid.errors import ContextLengthError, RequestError, TokenizerError
 from hybrid.llm import LLM
@@ -52,7 +53,14 @@ def make_llm(monkeypatch, make_engine):
     def make(template=None, **options) -> LLM:
         engine = make_engine(end_token_ids={EOS}, **options)
         loaded = LoadedModel(
-            Path("mock.gguf"), engine, LetterTokenizer(), template or NameTemplate(), None, "scalar", 1
+            Path("mock.gguf"),
+            engine,
+            LetterTokenizer(),
+            template or NameTemplate(),
+            None,
+            "scalar",
+            1,
+            ExpertUse(),
         )
         monkeypatch.setattr(hybrid.llm, "load", lambda *args: loaded)
         return LLM("mock.gguf")
