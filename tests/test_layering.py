@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Top first. A module may import what stands in a lower line, and its own package.
 LEVELS = (
+    ("hybrid.__main__",),
     ("hybrid.cli",),
     ("hybrid.bench", "hybrid.perplexity"),
     ("hybrid.doctor",),

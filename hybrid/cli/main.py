@@ -34,7 +34,14 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 failure, 2 usage, 130 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _main(argv: list[str]) -> int:
     if sys.stdout is None:  # started with stdout closed
         print("hybrid: there is no standard output to write to; use > /dev/null to drop it", file=sys.stderr)
         return EXIT_FAILURE
@@ -90,9 +97,6 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
         code = int(module.run(args))
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Nobody reads any more: leave quietly, also when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
