@@ -1,158 +1,259 @@
-"""Rule files: what they mean, and errors with file, line and column."""
+"""What rule files mean, and that any text is either rules or refused."""
 
 from __future__ import annotations
 
 import contextlib
+import time
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import PlacementError
-from hybrid.placement.rules import load_rules
+from hybrid.placement.roles import ROLES
+from hybrid.placement.rules import ExpertCacheRule, KVCacheRule, load_rules
+from hybrid.placement.rules.nodes import read_yaml, typed
+from hybrid.placement.rules.parser import NUMA_MODES, PLACE_KEYS, SELECT_KEYS, TOP_KEYS, parse
+from hybrid.placement.rules.ranges import parse_ranges, ranges_of
+
+EVERYTHING = """\
+version: 1
+architecture: [deepseek2, deepseek3]
+complete: true
+rules:
+  - select: {role: routed_experts, layers: 3-60, experts: [0-15, 200-]}
+    place: {device: cpu, numa: node:1, backend: cpu}
+    optional: true
+  - select:
+      role: [attention, router]
+      layers: [0, 2-3, "7,9-10"]
+    place: {device: cuda:0, format: Q8_0}
+  - select: {name: "blk.*.ffn_*", regex: "up|down"}
+    place: {device: fake:1}
+experts:
+  per_token: 6
+  threshold: 0.25
+  cache: {device: cuda:0, bytes: fill, policy: static, profile: hot.json}
+kv_cache: {device: cuda:0, format: q8_0, max_tokens: 65536}
+budget: {cuda:0: 22.5GiB, cpu: 512GB}
+"""
 
 
-def parse(tmp_path, text):
-    path = tmp_path / "rules.yaml"
+def load(folder: Path, text: str, name: str = "rules.yaml"):
+    path = folder / name
     path.write_text(text, encoding="utf-8")
     return load_rules(path)
 
 
-GOOD = """\
-version: 1
-architecture: [deepseek2]
-rules:
-  - select: {role: routed_experts, layers: 3-60}
-    place: {device: cpu}
-  - select:
-      role: [attention, router]
-      layers: [0, "2-3", "7,9-10"]
-    place: {device: "cuda:0"}
-  - select: {name: "blk.*.ffn_*"}
-    place: {device: fake:1}
-"""
+def test_every_key(tmp_path):
+    rules = load(tmp_path, EVERYTHING)
+    assert rules.architectures == {"deepseek2", "deepseek3"} and rules.complete
+    experts, attention, named = rules.rules
+    assert (experts.device, attention.device, named.device) == ("cpu", "cuda:0", "fake:1")
+    assert [n for n in range(300) if n in experts.layers] == list(range(3, 61))
+    assert [n for n in range(210) if n in experts.experts] == [*range(16), *range(200, 210)]
+    assert [n for n in range(99) if n in attention.layers] == [0, 2, 3, 7, 9, 10]
+    assert (experts.numa, attention.numa, experts.backend) == ("node:1", "auto", "cpu")
+    assert attention.roles == {"attention", "router"} and attention.format == "Q8_0"
+    assert (named.name, named.regex) == ("blk.*.ffn_*", "up|down")
+    assert [rule.optional for rule in rules.rules] == [True, False, False]
+    assert (rules.experts.per_token, rules.experts.threshold) == (6, 0.25)
+    assert rules.experts.cache == ExpertCacheRule("cuda:0", None, "static", "hot.json")
+    assert rules.kv_cache == KVCacheRule("cuda:0", "q8_0", 65536)
+    assert rules.budgets == {"cuda:0": 45 << 29, "cpu": 512 * 10**9}
 
 
-def test_fields(tmp_path):
-    rules = parse(tmp_path, GOOD)
-    assert rules.architectures == {"deepseek2"}
-    experts, attention, glob = rules.rules
-    assert (experts.device, attention.device, glob.device) == ("cpu", "cuda:0", "fake:1")
-    assert experts.layers == set(range(3, 61))
-    assert attention.layers == {0, 2, 3, 7, 9, 10}
-    assert attention.roles == {"attention", "router"}
-    assert [rule.origin.rsplit(":", 2)[1] for rule in rules.rules] == ["4", "6", "10"]
-
-
-@pytest.mark.parametrize(
-    "name, matches",
-    [
-        ("blk.3.ffn_up_exps.weight", [0, 2]),
-        ("blk.2.ffn_up_exps.weight", [2]),
-        ("blk.3.attn_q.weight", [1]),
-        ("blk.4.attn_q.weight", []),
-        ("output.weight", []),
-    ],
-)
-def test_all_conditions_of_a_rule_must_hold(tmp_path, name, matches):
-    rules = parse(tmp_path, GOOD).rules
-    assert [index for index, rule in enumerate(rules) if rule.matches(name)] == matches
+def test_places(tmp_path):
+    rules = load(tmp_path, EVERYTHING)
+    assert [rule.origin.rsplit("/")[-1] for rule in rules.rules] == [
+        "rules.yaml:5:5",
+        "rules.yaml:8:5",
+        "rules.yaml:12:5",
+    ]
+    assert rules.rules[1].where("layers").endswith("rules.yaml:10:15")
+    assert rules.where("kv_cache.format").endswith("rules.yaml:18:36")
+    assert rules.where("budget.cpu").endswith("rules.yaml:19:27")
 
 
 def test_a_dict_means_the_same(tmp_path):
-    data = {"version": 1, "rules": [{"select": {"role": "output", "layers": 3}, "place": {"device": "cpu"}}]}
+    data = {
+        "version": 1,
+        "rules": [{"select": {"role": "output", "layers": 3}, "place": {"device": "cpu"}}],
+        "kv_cache": {"max_tokens": 100},
+    }
+    text = "version: 1\nrules: [{select: {role: output, layers: 3}, place: {device: cpu}}]\n"
     (rule,) = load_rules(data).rules
-    assert rule.roles == {"output"}
-    assert rule.layers == {3}
+    (same,) = load(tmp_path, text).rules
+    assert (rule.roles, rule.layers, rule.device) == (same.roles, same.layers, same.device)
+    assert rule.origin == "<rules>.rules[0]" and load_rules(data).kv_cache.max_tokens == 100
 
 
-RULE = "version: 1\nrules:\n  - select: {%s}\n    place: {%s}\n"
-PLACE, SELECT = "device: cpu", "name: '*'"
-BAD = {
-    "empty file": ("", 0, 0, "an empty file"),
-    "list": ("- 1\n", 1, 1, "expected a mapping"),
-    "no version": ("rules: []\n", 1, 1, "lacks 'version'"),
-    "version 2": ("version: 2\nrules: []\n", 1, 10, "expected 1, found 2"),
-    "rules no list": ("version: 1\nrules: 7\n", 2, 8, "expected a list"),
-    "unknown key": ("version: 1\nrule: []\n", 2, 1, "did you mean 'rules'"),
-    "duplicate key": ("version: 1\nversion: 1\nrules: []\n", 2, 1, "duplicate key 'version'"),
-    "unknown select key": (RULE % ("roles: output", PLACE), 3, 14, "did you mean 'role'"),
-    "empty select": (RULE % ("", PLACE), 3, 13, "found nothing"),
-    "no place": ("version: 1\nrules:\n  - select: {name: a}\n", 3, 5, "lacks 'place'"),
-    "unknown role": (RULE % ("role: experts", PLACE), 3, 20, "did you mean"),
-    "layers reversed": (RULE % ("layers: 9-3", PLACE), 3, 22, "ascending"),
-    "layers text": (RULE % ("layers: all", PLACE), 3, 22, "such as 3-60"),
-    "layers huge": (RULE % ("layers: 0-99999999999", PLACE), 3, 22, "below 10000"),
-    "unknown device": (RULE % (SELECT, "device: gpu"), 4, 21, "cuda:N"),
-    "device a list": (RULE % (SELECT, "device: [cpu]"), 4, 21, "found a list"),
-    "unknown place key": (RULE % (SELECT, "device: cpu, numma: none"), 4, 26, "unknown key 'numma'"),
-    "no device": (RULE % (SELECT, ""), 4, 12, "lacks 'device'"),
-    "nested role": (RULE % ("role: [[output]]", PLACE), 3, 21, "expected text"),
-    "empty list": (RULE % ("role: []", PLACE), 3, 20, "empty list"),
-}
+def test_sections_alone_are_enough(tmp_path):
+    rules = load(tmp_path, "version: 1\nkv_cache: {format: bf16}\n")
+    assert rules.rules == () and rules.kv_cache.format == "bf16"
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_error_says_where(tmp_path, case):
-    text, line, column, words = BAD[case]
-    with pytest.raises(PlacementError) as caught:
-        parse(tmp_path, text)
-    assert words in str(caught.value)
-    where = f"rules.yaml:{line}:{column}: " if line else "rules.yaml: "
-    assert where in str(caught.value)
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("off", "off"), ("no", "no"), ("Yes", "Yes"), ("y", "y"), ("1:30", "1:30"), ("1_000", "1_000"),
+        ("true", True), ("FALSE", False), ("~", None), ("", None), ("Null", None),
+        ("017", 17), ("0o17", 15), ("0x1F", 31), ("-7", -7), ("1e3", 1000.0), (".5", 0.5), ("1.", 1.0),
+        ("-.inf", float("-inf")), ("2026-01-01", "2026-01-01"), ("3-60", "3-60"), ("=", "="),
+    ],
+)  # fmt: skip
+def test_plain_scalars_are_those_of_yaml_1_2(text, value):
+    assert typed(text) == value and type(typed(text)) is type(value)
+
+
+def test_quoted_scalars_are_text(tmp_path):
+    text = "version: 1\nrules:\n  - select: {name: 'true'}\n    place: {device: \"cpu\"}\n"
+    assert load(tmp_path, text).rules[0].name == "true"
+
+
+def test_a_byte_order_mark_and_a_pipe_are_read(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_bytes(b"\xef\xbb\xbfversion: 1\r\nrules: []\r\n")
+    assert load_rules(path).rules == ()
+
+
+@pytest.mark.parametrize("text", ["0", "3-60", "0,2-3,8-", "12-12"])
+def test_ranges_read_back(text):
+    ranges = parse_ranges(text)
+    assert str(ranges) == text.replace("12-12", "12")
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_ranges_of_numbers_hold_them_alone(numbers):
+    ranges = ranges_of(numbers)
+    assert {n for n in range(50) if n in ranges} == numbers
+    beyond = ranges.beyond(20)
+    outside = {n for n in numbers if n >= 20}
+    assert ({n for n in range(50) if n in beyond} if beyond else set()) == outside
+
+
+INNER = """\
+version: 1
+architecture: deepseek2
+complete: true
+rules:
+  - {select: {role: attention}, place: {device: cuda:0}}
+kv_cache: {format: f16, max_tokens: 4096}
+budget: {cuda:0: 24GiB}
+"""
+
+
+def test_own_rules_come_first_and_own_sections_win(tmp_path):
+    (tmp_path / "inner.yaml").write_text(INNER)
+    outer = (
+        "version: 1\ninclude: ./inner.yaml\n"
+        "rules:\n  - {select: {layers: 0}, place: {device: cpu}}\nbudget: {cuda:0: 16GiB}\n"
+    )
+    rules = load(tmp_path, outer)
+    assert [(rule.device, rule.depth) for rule in rules.rules] == [("cpu", 0), ("cuda:0", 1)]
+    assert rules.rules[1].origin.endswith("inner.yaml:5:5")
+    assert rules.budgets == {"cuda:0": 16 << 30}
+    assert rules.kv_cache == KVCacheRule(None, "f16", 4096)
+    assert rules.architectures == {"deepseek2"} and rules.complete
+    assert not load(tmp_path, "version: 1\ninclude: inner.yaml\ncomplete: false\n").complete
+
+
+def test_a_section_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "inner.yaml").write_text(INNER)
+    rules = load(tmp_path, "version: 1\ninclude: inner.yaml\nkv_cache: {format: bf16}\n")
+    assert rules.kv_cache == KVCacheRule(None, "bf16", None)
+
+
+def test_both_guards_hold(tmp_path):
+    (tmp_path / "inner.yaml").write_text(INNER)
+    both = load(tmp_path, "version: 1\ninclude: inner.yaml\narchitecture: [deepseek2, llama]\n")
+    assert both.architectures == {"deepseek2"}
+    with pytest.raises(PlacementError, match=r"rules\.yaml:3:15: .* included rules are for deepseek2 alone"):
+        load(tmp_path, "version: 1\ninclude: inner.yaml\narchitecture: llama\n")
+
+
+def test_names_of_included_files_are_relative_to_the_file(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "inner.yaml").write_text("version: 1\ninclude: b/innermost.yaml\n")
+    (tmp_path / "a" / "b" / "innermost.yaml").write_text(INNER)
+    rules = load(tmp_path, "version: 1\ninclude: a/inner.yaml\n")
+    assert rules.rules[0].depth == 2
+    monkeypatch.chdir(tmp_path)
+    assert load_rules({"version": 1, "include": "a/inner.yaml"}).rules[0].device == "cuda:0"
+    (tmp_path / "a" / "inner.yaml").write_text("version: 7\n")
+    with pytest.raises(PlacementError, match=r"a/inner\.yaml:1:10: version: expected 1"):
+        load_rules({"version": 1, "include": "a/inner.yaml"})
+
+
+def test_a_circle_of_files(tmp_path):
+    (tmp_path / "b.yaml").write_text("version: 1\ninclude: a.yaml\n")
+    with pytest.raises(
+        PlacementError, match=r"b\.yaml:2:10: include: 'a\.yaml' includes itself: .*a\.yaml -> "
+    ):
+        load(tmp_path, "version: 1\ninclude: b.yaml\n", "a.yaml")
+
+
+WORDS = st.sampled_from(
+    [*TOP_KEYS, *SELECT_KEYS, *PLACE_KEYS, *NUMA_MODES, *ROLES, "select", "place", "optional", "cache",
+     "bytes", "cpu", "cuda:0", "3-60", "24GiB", "fill", "*", "q8_0", "f16", "Q4_K", "x"]
+)  # fmt: skip
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=8)
+STRUCTURES = st.recursive(
+    VALUES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=5),
+    max_leaves=30,
+)
+PIECES = st.sampled_from(
+    [*",[]{}?&*!|>%@`#'\"\n\t\u2028\ufeff", ": ", "- ", "<<", "---", "...", "\\U00", "\\x", "  ", "%YAML 1.",
+     "!!str ", "version: 1\n", "rules:\n", "  - select: {role: output}\n", "    place: {device: cpu}\n"]
+)  # fmt: skip
+TEXTS = st.text(max_size=60) | st.lists(PIECES | WORDS, max_size=25).map("".join)
+
+
+@settings(max_examples=300, deadline=1000)
+@given(st.dictionaries(st.sampled_from(TOP_KEYS), STRUCTURES, max_size=5))
+def test_any_structure_is_rules_or_refused(data):
+    with contextlib.suppress(PlacementError):
+        load_rules({**data, "version": 1})
+
+
+@settings(max_examples=500, deadline=1000)
+@given(TEXTS, st.booleans())
+def test_any_text_is_rules_or_refused(text, after_version):
+    data = (("version: 1\n" if after_version else "") + text).encode("utf-8", "surrogatepass")
+    try:
+        parse(read_yaml(data, "f.yaml"), "f.yaml")
+    except PlacementError as error:
+        assert str(error).startswith("f.yaml:")
+
+
+@settings(max_examples=200, deadline=1000)
+@given(st.binary(max_size=80))
+def test_any_bytes_are_rules_or_refused(data):
+    with contextlib.suppress(PlacementError):
+        parse(read_yaml(data, "f.yaml"), "f.yaml")
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "version: [1\n",
-        "version: 1\n\trules: []\n",
-        "a: &a [*a]\n",
-        "[" * 5000,
-        "version: 1\nrules: !!python/object/apply:os.system ['true']\n",
-        "\x00",
+        "[" * 200_000,
+        "? " * 100_000,
+        "- " * 100_000,
+        "{" * 200_000,
+        "a: &a [" + "*a," * 50_000,
+        "version: 1\nrules:\n" + "  - {select: {layers: 1}, place: {device: cpu}}\n" * 5000,
+        "version: 1\nrules: [" + "x, " * 50_000 + "]\n",
+        '"' + "\\n" * 100_000,
+        "version: 1\nrules: [{select: {regex: '" + "(a*)*" * 190 + "'}, place: {device: cpu}}]\n",
+        "version: 1\nrules: [{select: {regex: '" + "(" * 900 + "'}, place: {device: cpu}}]\n",
+        "version: 1\nrules: [{select: {regex: '((((a{9999}){9999}){9999}){9999})'}, place: {device: cpu}}]\n",
     ],
+    ids=range(11),
 )
-def test_malformed_yaml(tmp_path, text):
-    with pytest.raises(PlacementError, match=r"rules\.yaml"):
-        parse(tmp_path, text)
-
-
-def test_words_of_yaml_1_1_stay_words(tmp_path):
-    (rule,) = parse(tmp_path, RULE % ("name: off", PLACE)).rules
-    assert rule.name == "off"
-
-
-def test_alias_bomb_is_harmless(tmp_path):
-    text = "version: 1\na: &a [x, x, x, x, x, x, x, x, x]\n"
-    text += "".join(
-        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)
-    )
-    with pytest.raises(PlacementError, match="unknown key 'a'"):
-        parse(tmp_path, text)
-
-
-@pytest.mark.parametrize("rules", ["", 7, None, ["cpu"], "no/such.yaml"])
-def test_neither_rules_nor_file(rules, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(PlacementError):
-        load_rules(rules)
-
-
-@pytest.mark.parametrize("value", [object(), {1, 2}, float("nan")])
-def test_dict_with_odd_values(value):
-    with pytest.raises(PlacementError):
-        load_rules({"version": 1, "rules": value})
-
-
-KEYS = st.sampled_from(["version", "rules", "select", "place", "role", "x"])
-STRUCTURES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-)
-
-
-@given(STRUCTURES)
-def test_any_structure_loads_or_is_refused(data):
+def test_hostile_texts_end_soon(text):
+    begin = time.process_time()
     with contextlib.suppress(PlacementError):
-        load_rules({"version": 1, "rules": data})
+        parse(read_yaml(text.encode(), "f.yaml"), "f.yaml")
+    assert time.process_time() - begin < 10

@@ -35,5 +35,5 @@ def test_unknown_name_lists_the_shipped_ones():
 def test_a_file_of_that_name_wins(tmp_path, monkeypatch):
     (tmp_path / "all-cpu").write_text("version: 2\nrules: []\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PlacementError, match=r"all-cpu:1:10: version: expected 1, found 2"):
+    with pytest.raises(PlacementError, match=r"all-cpu:1:10: version: expected 1, found the number 2"):
         load_rules("all-cpu")
