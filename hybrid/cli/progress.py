@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+PATIENCE_S = 2.0
+
 
 @contextlib.contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
@@ -12,6 +14,28 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm
 
     with tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@contextlib.contextmanager
+def prompt_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears when a prompt takes over `PATIENCE_S`; gives a function of (tokens done, in all)."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc="prompt",
+        unit=" tokens",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+        delay=PATIENCE_S,
+        mininterval=0,
+    ) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import signal
+import stat
 import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from hybrid.cli import arguments
+from hybrid.cli.progress import prompt_progress
 from hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompt",
         nargs="?",
-        help="text to continue; - reads it from stdin; the demo model has a default",
+        help="text to continue; - or none in a pipe: from stdin; the demo model has a default",
     )
     arguments.add_model(parser)
     arguments.flag(parser, "--echo")
@@ -40,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     params = arguments.sampling_params(args)
     with arguments.open_model(args) as llm, llm.stream(prompt, params) as stream:
         print(f"{llm.describe()}, seed {args.seed}", file=sys.stderr, flush=True)
-        if args.echo or args.prompt is None:
+        if args.echo or prompt is DEMO_PROMPT:
             write(prompt)
         code = print_stream(stream)
         write("\n")
@@ -55,23 +59,40 @@ def read_prompt(args: argparse.Namespace) -> str:
         ConfigError: there is none, or it is empty or not UTF-8.
     """
     prompt = args.prompt
+    if prompt == "-":
+        prompt = _read_stdin()
+    elif prompt is None and _is_piped():
+        print("reading the prompt from stdin", file=sys.stderr, flush=True)
+        prompt = _read_stdin() or None
     if prompt is None:
         if args.model != "demo":
             raise ConfigError('no prompt: give one, as in `hybrid run -m MODEL "a prompt"`, or - for stdin')
         return DEMO_PROMPT
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
     if not prompt:
         raise ConfigError('the prompt is empty; give some text, as in `hybrid run "Once upon a time"`')
     return str(prompt)
 
 
+def _is_piped() -> bool:
+    """Whether stdin is a pipe or a file: not a terminal, /dev/null or closed."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+
+
 def print_stream(stream: TokenStream) -> int:
     """Print text as it becomes certain; returns 0, or 130 if Ctrl-C ended it.
 
+    A prompt that takes long shows a bar while it is computed.
     Python drops a KeyboardInterrupt that is raised inside a finaliser or a callback from C, so the
     signal is noted as well and looked at after every piece of text.
     """
@@ -84,7 +105,9 @@ def print_stream(stream: TokenStream) -> int:
 
     previous = signal.signal(signal.SIGINT, note)
     try:
-        for delta in stream:
+        with prompt_progress() as stream.on_prompt:
+            first = next(stream, None)
+        for delta in itertools.chain(() if first is None else (first,), stream):
             write(delta.outputs[0].text)
             if interrupted:
                 raise KeyboardInterrupt

@@ -89,6 +89,10 @@ class Engine:
         if sequence is not None:
             self.scheduler.finish(sequence)
 
+    def num_computed_tokens(self, request_id: str) -> int:
+        """Tokens of an unfinished request that are in the cache."""
+        return self._sequences[request_id].num_computed_tokens
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._sequences)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -66,6 +66,13 @@ class Requests:
             if self._open.pop(request.state.request_id, None) is not None:
                 self._engine.abort_request(request.state.request_id)
 
+    def prompt_progress(self, request: Request) -> tuple[int, int]:
+        """Tokens of the prompt that are computed, and in all; all of a request that has ended."""
+        total = len(request.state.prompt_token_ids)
+        with self._lock:
+            open_ = self.is_open(request)
+            return self._engine.num_computed_tokens(request.state.request_id) if open_ else total, total
+
     def is_open(self, request: Request) -> bool:
         return request.state.request_id in self._open
 
@@ -87,16 +94,23 @@ class Requests:
 
 
 class TokenStream(Iterator[RequestOutput]):
-    """What a request adds, step by step. `close`, a ``with`` statement or its deletion end the request."""
+    """What a request adds, step by step. `close`, a ``with`` statement or its deletion end the request.
+
+    Attributes:
+        on_prompt: called between the steps before the first token with (prompt tokens computed, in all).
+    """
 
     def __init__(self, requests: Requests, request: Request) -> None:
         self._requests, self._request = requests, request
+        self.on_prompt: Callable[[int, int], None] | None = None
 
     def __next__(self) -> RequestOutput:
         while not self._request.new:
             if self._request.state.finished:
                 raise StopIteration
             self._requests.advance(self._request)
+            if self.on_prompt is not None and not self._request.new:
+                self.on_prompt(*self._requests.prompt_progress(self._request))
         return self._request.new.popleft()
 
     def close(self) -> None:

@@ -15,11 +15,16 @@ from hybrid.outputs import CompletionOutput, RequestMetrics, RequestOutput
 class FakeStream:
     def __init__(self, pieces):
         self.pieces, self.written, self.closed = iter(pieces), [], False
+        self.on_prompt = None
+        self.prompt_steps = ()
 
     def __iter__(self):
         return self
 
     def __next__(self):
+        for step in self.prompt_steps:
+            self.on_prompt(*step)
+        self.prompt_steps = ()
         piece = next(self.pieces)
         if piece is KeyboardInterrupt:
             raise KeyboardInterrupt
@@ -49,6 +54,7 @@ class FakeStream:
 class FakeLLM:
     def __init__(self):
         self.pieces = ["Hello", ", ", "wörld"]
+        self.prompt_steps = ()  # (tokens computed, in all) between the steps of a prompt
         self.calls, self.streams, self.closed = [], [], False
         self.chat_template = SimpleNamespace(problem=None)
         self.options = None
@@ -59,6 +65,7 @@ class FakeLLM:
     def stream(self, prompt, params):
         self.calls.append((prompt, params))
         self.streams.append(FakeStream(self.pieces))
+        self.streams[-1].prompt_steps = self.prompt_steps
         return self.streams[-1]
 
     def stream_chat(self, messages, params):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +59,70 @@ def test_a_prompt_from_stdin(fake_llm, monkeypatch, data, code):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert main(["run", "-"]) == code
     assert [call[0] for call in fake_llm.calls] == (["é\n"] if code == 0 else [])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_a_piped_prompt_needs_no_dash(fake_llm, monkeypatch, capsys, tmp_path, kind):
+    if kind == "pipe":
+        end, other = os.pipe()
+        os.write(other, "é piped\n".encode())
+        os.close(other)
+        stdin = os.fdopen(end)
+    else:
+        path = tmp_path / "prompt.txt"
+        path.write_text("é piped\n", encoding="utf-8")
+        stdin = path.open(encoding="utf-8")
+    with stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["run"]) == 0
+    captured = capsys.readouterr()
+    assert fake_llm.calls[0][0] == "é piped\n"
+    assert captured.err.startswith("reading the prompt from stdin\n")
+    assert captured.out == "Hello, wörld\n"
+
+
+def test_a_prompt_given_leaves_a_pipe_alone(fake_llm, monkeypatch):
+    with tempfile.TemporaryFile("w+") as stdin:
+        stdin.write("piped")
+        stdin.seek(0)
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["run", "given"]) == 0
+        assert stdin.read() == "piped"
+    assert fake_llm.calls[0][0] == "given"
+
+
+@pytest.mark.parametrize("model, code, prompts", [("demo", 0, [DEMO_PROMPT]), ("x", 2, [])])
+def test_an_empty_pipe_is_no_prompt(fake_llm, monkeypatch, capsys, model, code, prompts):
+    with tempfile.TemporaryFile("w+") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["run", "-m", model]) == code
+    assert [call[0] for call in fake_llm.calls] == prompts
+
+
+def test_dev_null_is_no_pipe(fake_llm, monkeypatch, capsys):
+    with Path(os.devnull).open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["run"]) == 0
+    assert "reading" not in capsys.readouterr().err
+    assert fake_llm.calls[0][0] == DEMO_PROMPT
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_a_long_prompt_shows_its_progress_on_a_terminal(fake_llm, monkeypatch, terminal, patience):
+    fake_llm.prompt_steps = [(512, 2000), (1024, 2000)]
+    monkeypatch.setattr("hybrid.cli.progress.PATIENCE_S", patience)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert main(["run", "p"]) == 0
+    shown = re.search(r"prompt: +26%.* 512/2.00k", stderr.getvalue())
+    assert bool(shown) == (terminal and not patience), stderr.getvalue()
 
 
 def test_flags_become_sampling_parameters(fake_llm):

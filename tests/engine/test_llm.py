@@ -268,3 +268,14 @@ def test_a_closed_llm_says_so(make_llm):
 def test_nothing_is_printed(make_llm, capfd):
     make_llm().generate("hello", GREEDY)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_stream_tells_of_the_prompt_between_steps():
+    """A prompt of 300 tokens in steps of 64; the last step brings the first token."""
+    with LLM(max_num_batched_tokens=64, max_model_len=512, num_threads=1) as llm:
+        steps = []
+        prompt = {"prompt_token_ids": list(range(5, 305))}
+        with llm.stream(prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)) as stream:
+            stream.on_prompt = lambda done, total: steps.append((done, total))
+            assert len(list(stream)) == 3
+    assert steps == [(64, 300), (128, 300), (192, 300), (256, 300)]
