@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "hybrid.cli.inspect",
     "bench": "hybrid.cli.bench",
     "perplexity": "hybrid.cli.perplexity",
+    "bench-kernels": "hybrid.cli.bench_kernels",
     "synth": "hybrid.cli.synth",
     "doctor": "hybrid.cli.doctor",
 }
@@ -65,7 +66,7 @@ def _without_command(argv: list[str]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"hybrid: unknown command {argv[0]!r}{hint} (see `hybrid --help`)", file=sys.stderr)
         return EXIT_USAGE
-    lines = [f"  {name:<12}{importlib.import_module(path).HELP}" for name, path in COMMANDS.items()]
+    lines = [f"  {name:<15}{importlib.import_module(path).HELP}" for name, path in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="hybrid",
         usage="hybrid COMMAND [options]",

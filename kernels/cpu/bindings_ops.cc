@@ -198,6 +198,8 @@ void bind_ops(nb::module_& m) {
       .def("__len__", &Recording::size);
   m.def("measure_read_bandwidth", &measure_read_bandwidth, "pool"_a, "bytes"_a, "seconds"_a, "num_threads"_a = 0,
         Unlocked(), "Bytes a second read from RAM, the best of several loops, by num_threads threads (0: all).");
+  m.def("measure_int8_rate", &measure_int8_rate, "pool"_a, "seconds"_a, Unlocked(),
+        "Operations a second of int8 products from registers by all threads; a product and a sum are two.");
   m.def("scratch_bytes", &Scratch::total_bytes, "Bytes of scratch memory held by the operations, over all threads.");
   m.def("release_scratch", &Scratch::release, "Gives the calling thread's scratch memory back.");
   m.def("fill_scratch", &Scratch::fill, "byte"_a, "Overwrites the calling thread's scratch memory, for tests.");

@@ -28,7 +28,10 @@ struct IsaKernels {
   const KernelRow* rows;
   int num_rows;
   QuantizeRow quantize_row;
+  // Multiplies int8 from registers and the first-level cache, as fast as may be, kMacsPerRound at a time.
+  int32_t (*multiply_bytes)(int64_t num_rounds);
 };
+inline constexpr int64_t kMacsPerRound = 12 * kGroupRows * 4;
 extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvx512Vnni;
 
 const IsaKernels& kernels_of(Isa isa);

@@ -51,4 +51,8 @@ void route(ThreadPool& pool, const PackedMatrix& router, const RouteArgs& args);
 // read loops, each run for a share of `seconds` over `bytes` of memory.
 double measure_read_bandwidth(ThreadPool& pool, int64_t bytes, double seconds, int num_threads);
 
+// Operations a second (a product and a sum are two) of int8 products by all threads, of the current ISA, from
+// registers: the median of passes over `seconds`.
+double measure_int8_rate(ThreadPool& pool, double seconds);
+
 }  // namespace hybrid

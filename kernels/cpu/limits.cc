@@ -1,4 +1,4 @@
-// Read bandwidth of RAM, the roof of decoding: the best of several read loops, each by its median pass, since what
+// What a machine can do at most. Read bandwidth of RAM, the roof of decoding: the best of several read loops, each by its median pass, since what
 // others leave in a shared cache makes some passes too fast.
 #include <sys/mman.h>
 
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "dispatch.h"
 #include "ops.h"
 
 namespace hybrid {
@@ -76,6 +77,23 @@ double measure_read_bandwidth(ThreadPool& pool, int64_t bytes, double seconds, i
     best = std::max(best, static_cast<double>(used) / passes[passes.size() / 2]);
   }
   return best;
+}
+
+double measure_int8_rate(ThreadPool& pool, double seconds) {
+  if (!(seconds > 0)) throw std::invalid_argument("measure_int8_rate: wants a positive time, found " + std::to_string(seconds));
+  const IsaKernels& kernels = kernels_of(current_isa());
+  constexpr int64_t kRounds = 20000;
+  const int threads = pool.num_threads();
+  std::atomic<int32_t> sink{0};
+  std::vector<double> passes;
+  const auto begin = std::chrono::steady_clock::now();
+  do {
+    const auto start = std::chrono::steady_clock::now();
+    pool.parallel_for(threads, [&](int64_t, int) { sink.store(kernels.multiply_bytes(kRounds), std::memory_order_relaxed); });
+    passes.push_back(seconds_since(start));
+  } while (seconds_since(begin) < seconds);
+  std::nth_element(passes.begin(), passes.begin() + static_cast<std::ptrdiff_t>(passes.size() / 2), passes.end());
+  return static_cast<double>(2 * kMacsPerRound * kRounds * threads) / passes[passes.size() / 2];
 }
 
 }  // namespace hybrid

@@ -1,0 +1,62 @@
+"""`hybrid bench-kernels`: every kernel of an instruction set, checked, and timed beside the limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from hybrid.cli import arguments
+from hybrid.cli.progress import status_line
+from hybrid.errors import ConfigError
+
+HELP = "check and time the CPU kernels of every weight format"
+_HEADER = "| kernel | tokens | error | GB/s | TOPS | share of limit |"
+_RULE = "| --- | ---: | ---: | ---: | ---: | ---: |"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("formats", nargs="*", metavar="FORMAT", help="formats to take (default: all)")
+    arguments.flag(parser, "-t", "--threads")
+    arguments.flag(parser, "--isa")
+    arguments.flag(parser, "-o", "--output", default="md", choices=("md", "json"))
+
+
+def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from hybrid.backends.isa import select_isa
+    from hybrid.gguf import GGMLType, random_blocks
+    from hybrid.kernels import bench, cpu
+
+    isa = select_isa(args.isa)
+    known = sorted({row["format"] for row in cpu.kernel_rows()})
+    for name in args.formats:
+        if name not in known:
+            raise ConfigError(f"FORMAT: expected one of {', '.join(known)}, found {name!r}")
+    cores = cpu.physical_cores()
+    threads = args.threads or len(cores)
+    pool = cpu.ThreadPool(threads, cores[:threads] if threads <= len(cores) else [])
+
+    def random_rows(ggml_type: int, rows: int, cols: int) -> Any:
+        return random_blocks(GGMLType(ggml_type), rows, cols, np.random.default_rng(0))
+
+    results = []
+    with status_line() as announce:
+        announce("measuring the machine's limits")
+        limits = bench.measure_limits(pool)
+        for result in bench.bench_kernels(pool, limits, random_rows, formats=args.formats):
+            announce(f"{result.name}, {result.num_tokens} tokens")
+            results.append(result)
+    if args.output == "json":
+        print(json.dumps({"limits": asdict(limits), "results": [asdict(r) for r in results]}, indent=1))
+        return 0
+    print(f"{isa}, {threads} threads: RAM is read at {limits.read_bandwidth / 1e9:.1f} GB/s, ", end="")
+    print(f"int8 products reach {limits.int8_rate / 1e12:.3f} TOPS\n\n{_HEADER}\n{_RULE}")
+    for r in results:
+        print(
+            f"| {r.name} | {r.num_tokens} | {r.error:.1e} | {r.bytes_s / 1e9:.1f} | {r.ops_s / 1e12:.3f} "
+            f"| {r.limit_fraction:.0%} |"
+        )
+    return 0

@@ -1,0 +1,77 @@
+"""`hybrid bench-kernels`: figures of sound kernels, and none of broken ones."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hybrid.kernels import bench, cpu
+
+from hybrid.cli.main import main
+from hybrid.gguf import GGMLType, random_blocks
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(bench, "_ROWS", 48)
+    monkeypatch.setattr(bench, "_COLS", 512)
+    monkeypatch.setattr(bench, "_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "_LIMIT_SECONDS", 0.02)
+    monkeypatch.setattr(bench, "_REGION", 32 << 20)
+    monkeypatch.setattr(bench, "_BYTES", 1 << 18)
+
+
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+def test_every_row_passes_its_check(capsys, isa):
+    assert main(["bench-kernels", "--isa", isa, "-t", "2", "-o", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    results = printed["results"]
+    rows = [row["name"] for row in cpu.kernel_rows() if row["isa"] == isa]
+    assert [r["name"] for r in results] == [name for name in rows for _ in bench.TOKENS]
+    for r in results:
+        limit = "read_bandwidth" if r["num_tokens"] == 1 else "int8_rate"
+        rate = r["bytes_s"] if r["num_tokens"] == 1 else r["ops_s"]
+        assert r["limit_fraction"] == pytest.approx(rate / printed["limits"][limit])
+        assert 0 < r["error"] < 0.02
+
+
+def test_formats_can_be_chosen(capsys):
+    assert main(["bench-kernels", "Q4_K", "Q8_0", "-t", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "RAM is read at" in out
+    assert out.count("dot_Q8_0") == out.count("dot_Q4_K") == len(bench.TOKENS)
+    assert "dot_Q6_K" not in out
+
+
+def test_an_unknown_format_is_refused(capsys):
+    assert main(["bench-kernels", "Q5_X"]) == 2
+    assert "expected one of BF16, F16" in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_gets_no_figures(monkeypatch):
+    multiply = bench._multiply
+
+    def off_by_a_row(pool, matrix, x):
+        return np.roll(multiply(pool, matrix, x), 1, axis=2)
+
+    monkeypatch.setattr(bench, "_multiply", off_by_a_row)
+    limits = bench.Limits(1.0, 1.0)
+
+    def random_rows(ggml_type, rows, cols):
+        return random_blocks(GGMLType(ggml_type), rows, cols, np.random.default_rng(0))
+
+    with pytest.raises(bench.KernelError, match=r"dot_Q4_K_q8_.* with 1 tokens is wrong"):
+        list(bench.bench_kernels(cpu.ThreadPool(1), limits, random_rows, formats=["Q4_K"]))
+
+
+def test_the_int8_rate_is_that_of_products_done():
+    before, rates = cpu.current_isa(), {}
+    for isa in cpu.supported_isas():
+        cpu.select_isa(isa)
+        rates[isa] = cpu.measure_int8_rate(cpu.ThreadPool(1), 0.02)
+    cpu.select_isa(before)
+    # Products left out would pass 1e13 on a core, which no instruction set here reaches.
+    assert all(1e6 < rate < 1e13 for rate in rates.values()), rates
+    with pytest.raises(ValueError, match="a positive time"):
+        cpu.measure_int8_rate(cpu.ThreadPool(1), 0.0)
