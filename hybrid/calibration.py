@@ -153,12 +153,15 @@ def measure_weights(pool: cpu.ThreadPool, format_: GGMLType) -> dict[int, float]
 
 
 def measure_call(pool: cpu.ThreadPool) -> float:
-    """Seconds of an operation that has next to nothing to do."""
-    matrix = cpu.PackedMatrix(int(GGMLType.F32), 1, 64, 64)
-    x, out = np.zeros(64, np.float32), np.empty(64, np.float32)
-    return _median_seconds(
-        lambda _: cpu.linear(pool, matrix, _address(x), 1, 64, _address(out), 64), least=50
-    )
+    """Seconds of an operation with little to do for all threads, in a recorded step as decoding runs them."""
+    matrix = cpu.PackedMatrix(int(GGMLType.F32), 1, 256, 64)
+    x, out = np.zeros(64, np.float32), np.empty(256, np.float32)
+    recording, count = cpu.Recording(), 100
+    recording.start()
+    for _ in range(count):
+        cpu.linear(pool, matrix, _address(x), 1, 64, _address(out), 256)
+    recording.stop()
+    return _median_seconds(lambda _: recording.run(), least=3) / count
 
 
 def measure_attention(pool: cpu.ThreadPool) -> float:
