@@ -8,12 +8,13 @@ many. The embedding gives one row a token and stays in RAM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid.placement.capabilities import cache_row_bytes, can_multiply
 from hybrid.placement.machine import Device, Machine
-from hybrid.placement.memory import Model, Placed, RunSize, Tensor, scratch_parts
+from hybrid.placement.memory import Model, RunSize, Tensor, scratch_parts
+from hybrid.placement.plan import Placement
 from hybrid.placement.roles import ROLES
 
 CPU = "cpu"
@@ -23,43 +24,68 @@ _DENSE = ("shared_experts", "dense_ffn", "output")
 
 @dataclass
 class Unit:
-    """Tensors of one layer that are computed together, and the cache that comes with them."""
+    """Tensors of one layer that are computed together, and the cache that comes with them.
+
+    ``num_experts``: how many of a stack are meant; ``None``: all.
+    """
 
     tensors: list[Tensor] = field(default_factory=list)
     cache_bytes: int = 0
+    num_experts: int | None = None
 
     def bytes_on(self, kind: str) -> int:
-        return self.cache_bytes + sum(tensor.bytes_on(kind) for tensor in self.tensors)
+        return self.cache_bytes + sum(t.bytes_on(kind, num_experts=self.num_experts) for t in self.tensors)
 
 
-def place_open(model: Model, fixed: Mapping[str, Placed], machine: Machine, size: RunSize) -> dict[str, str]:
-    """Tensor -> device for all that ``fixed`` lacks. Tensors join those of their unit that are fixed."""
+@dataclass(frozen=True)
+class Fixed:
+    """What rules have decided.
+
+    Attributes:
+        placements: by tensor; those of stacks in ``open_experts`` hold what is decided of them.
+        open_experts: stack -> its experts that are open.
+        cache: device -> bytes kept for copies of experts, 0: what is left; no experts are placed there.
+    """
+
+    placements: Mapping[str, Placement]
+    open_experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    cache: Mapping[str, int] = field(default_factory=dict)
+
+
+def place_open(model: Model, fixed: Fixed, machine: Machine, size: RunSize) -> dict[str, str]:
+    """Tensor -> device for all that is not fixed, or for the rest of it. Tensors join those of their unit
+    that are fixed whole."""
+    whole = {name: p for name, p in fixed.placements.items() if name not in fixed.open_experts}
     free = {gpu.name: _room(gpu, model, fixed, machine, size) for gpu in machine.gpus}
     devices: dict[str, str] = {}
     for unit in _units(model, size):
-        rest = [tensor for tensor in unit.tensors if tensor.name not in fixed]
+        rest = [tensor for tensor in unit.tensors if tensor.name not in whole]
         if not rest:
             continue
-        joined = _joined(unit, fixed)
-        need = Unit(rest, 0 if joined else unit.cache_bytes)
-        device = joined or _first_with_room(need, machine, free)
+        joined = _joined(unit, whole)
+        some = fixed.open_experts.get(rest[0].name)
+        need = Unit(rest, 0 if joined else unit.cache_bytes, None if some is None else len(some))
+        device = joined or _first_with_room(need, machine, free, fixed.cache)
         if device in free:
             free[device] -= need.bytes_on("cuda")
         devices.update((tensor.name, device) for tensor in rest)
     return devices
 
 
-def _room(gpu: Device, model: Model, fixed: Mapping[str, Placed], machine: Machine, size: RunSize) -> int:
+def _room(gpu: Device, model: Model, fixed: Fixed, machine: Machine, size: RunSize) -> int:
     """Bytes of a GPU that are open: its budget less what is fixed there and what running takes."""
     if gpu.budget_bytes is None:
         return 0
     working = sum(scratch_parts(model, gpu.kind, size, machine.num_threads, ROLES, hybrid=True).values())
-    weights = sum(placed.n_bytes for placed in fixed.values() if placed.device == gpu.name)
-    layers = {t.layer for t in model.tensors if t.role == "attention" and _is_on(gpu.name, t, fixed)}
+    weights = sum(placement.bytes_on(gpu.name) for placement in fixed.placements.values())
+    weights += fixed.cache.get(gpu.name, 0)
+    layers = {
+        t.layer for t in model.tensors if t.role == "attention" and _is_on(gpu.name, t, fixed.placements)
+    }
     return gpu.budget_bytes - working - weights - len(layers) * _cache_bytes(model, size)
 
 
-def _is_on(device: str, tensor: Tensor, fixed: Mapping[str, Placed]) -> bool:
+def _is_on(device: str, tensor: Tensor, fixed: Mapping[str, Placement]) -> bool:
     return tensor.name in fixed and fixed[tensor.name].device == device
 
 
@@ -91,7 +117,7 @@ def _units(model: Model, size: RunSize) -> Iterator[Unit]:
         yield Unit(list(unit.tensors))
 
 
-def _joined(unit: Unit, fixed: Mapping[str, Placed]) -> str | None:
+def _joined(unit: Unit, fixed: Mapping[str, Placement]) -> str | None:
     """The device of the unit's tensors that rules have placed; of several, that of the heaviest's role."""
     placed = [tensor for tensor in unit.tensors if tensor.name in fixed]
     if not placed:
@@ -99,13 +125,16 @@ def _joined(unit: Unit, fixed: Mapping[str, Placed]) -> str | None:
     return fixed[max(placed, key=lambda tensor: tensor.info.n_bytes).name].device
 
 
-def _first_with_room(unit: Unit, machine: Machine, free: Mapping[str, int]) -> str:
+def _first_with_room(unit: Unit, machine: Machine, free: Mapping[str, int], caches: Mapping[str, int]) -> str:
     if all(tensor.role == "embedding" and tensor.share < 1 for tensor in unit.tensors):
         return CPU
     if not any(tensor.share for tensor in unit.tensors):
         return CPU
     runs = all(not t.parts or can_multiply(t.info.type, "cuda") for t in unit.tensors)
+    experts = any(tensor.role == "routed_experts" for tensor in unit.tensors)
     for gpu in machine.gpus if runs else ():
+        if experts and gpu.name in caches:
+            continue
         if unit.bytes_on(gpu.kind) <= free[gpu.name]:
             return gpu.name
     return CPU

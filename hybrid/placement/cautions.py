@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hybrid.config import ExpertUse
+from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import can_multiply, kind_of
 from hybrid.placement.memory import Model
 from hybrid.placement.plan import Plan
-from hybrid.placement.report import stored
+from hybrid.placement.report import parts
+from hybrid.placement.sections import EXPERT_CACHE
 
 # What loading takes today; a plan may hold more.
 RUNNABLE_KINDS = ("cpu", "fake")
@@ -26,10 +28,17 @@ def cautions(model: Model, plan: Plan, experts: ExpertUse) -> Iterator[str]:
         yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
     if plan.size.kv_format not in RUNNABLE_CACHE_FORMATS:
         yield f"this build does not run a cache of {plan.size.kv_format}: plan it, but load another"
-    modes = sorted({p.numa for p in plan.placements.values()} - {*RUNNABLE_NUMA})
+    modes = sorted({part.numa for p in plan.placements.values() for part in p.parts} - {*RUNNABLE_NUMA})
     if modes:
         yield f"this build does not place memory by NUMA node yet: {', '.join(modes)} is planned, not done"
     yield from _without_kernel(model, plan)
+    for memory in plan.memory.values():
+        kept = memory.scratch_parts.get(EXPERT_CACHE, 0)
+        if kept:
+            yield (
+                f"this build keeps no copies of experts on {memory.device} yet: {kept / (1 << 30):.2f} GiB "
+                "for them are planned, not used, and speed is predicted without"
+            )
     for memory in plan.memory.values():
         if memory.budget_bytes and memory.total_bytes > _NEARLY_FULL * memory.budget_bytes:
             left = (memory.budget_bytes - memory.total_bytes) / (1 << 20)
@@ -38,10 +47,10 @@ def cautions(model: Model, plan: Plan, experts: ExpertUse) -> Iterator[str]:
 
 def _without_kernel(model: Model, plan: Plan) -> Iterator[str]:
     found: dict[tuple[str, str], list[str]] = {}
-    for tensor, placement in stored(model, plan):
-        kind = kind_of(placement.device)
-        if tensor.parts and not can_multiply(tensor.info.type, kind, plan.machine.isa):
-            found.setdefault((tensor.info.type.name, placement.device), []).append(tensor.name)
-    for (format_, device), names in found.items():
+    for tensor, part in parts(model, plan):
+        format_ = tensor.info.type if part.format is None else GGMLType[part.format]
+        if tensor.parts and not can_multiply(format_, kind_of(part.device), plan.machine.isa):
+            found.setdefault((format_.name, part.device), []).append(tensor.name)
+    for (name, device), names in found.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{format_} has no kernel on {device}, and {names[0]}{more} is placed there"
+        yield f"{name} has no kernel on {device}, and {names[0]}{more} is placed there"

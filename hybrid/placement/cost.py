@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
 from hybrid.placement.machine import DEFAULT_RAM_BANDWIDTH, DEFAULT_VRAM_BANDWIDTH, Machine
-from hybrid.placement.memory import Model, Placed, RunSize, Tensor, cache_devices
+from hybrid.placement.memory import Divisible, Model, Placed, RunSize, Tensor, cache_devices
 
 if TYPE_CHECKING:
     from hybrid.placement.plan import Plan
@@ -50,7 +50,9 @@ class Prediction:
     measured: bool
 
 
-def predict(model: Model, placed: Mapping[str, Placed], machine: Machine, size: RunSize) -> Prediction | None:
+def predict(
+    model: Model, placed: Mapping[str, Divisible], machine: Machine, size: RunSize
+) -> Prediction | None:
     """Speed of one sequence; ``None`` where the header does not say how large the model is."""
     if not model.dims.hidden_size or not model.dims.layers:
         return None
@@ -82,13 +84,14 @@ def run_tps(planned: Plan, model: Model, *, n_prompt: int, n_gen: int, n_depth: 
     return n_prompt / seconds
 
 
-def bytes_read(model: Model, placed: Mapping[str, Placed], size: RunSize, context: float) -> dict[str, float]:
+def bytes_read(
+    model: Model, placed: Mapping[str, Divisible], size: RunSize, context: float
+) -> dict[str, float]:
     """Bytes a decoded token reads on each device: active weights and the cache of ``context`` tokens."""
     found: dict[str, float] = {}
     for tensor in model.tensors:
-        if tensor.share:
-            device = placed[tensor.name].device
-            found[device] = found.get(device, 0.0) + tensor.info.n_bytes * tensor.share
+        for part in placed[tensor.name].parts if tensor.share else ():
+            found[part.device] = found.get(part.device, 0.0) + tensor.active_bytes(part)
     row = cache_row_bytes(model.dims.cache_width, size.kv_format)
     for device in cache_devices(model, placed).values():
         found[device] = found.get(device, 0.0) + row * context
@@ -97,7 +100,7 @@ def bytes_read(model: Model, placed: Mapping[str, Placed], size: RunSize, contex
 
 def step_seconds(
     model: Model,
-    placed: Mapping[str, Placed],
+    placed: Mapping[str, Divisible],
     machine: Machine,
     size: RunSize,
     num_tokens: int,
@@ -107,34 +110,40 @@ def step_seconds(
     included."""
     total = 0.0
     for tensor in model.tensors:
-        if tensor.share:
-            total += _tensor_seconds(tensor, placed[tensor.name], machine, model, num_tokens)
+        for part in placed[tensor.name].parts if tensor.share else ():
+            total += _part_seconds(tensor, part, machine, num_tokens)
     attention = cache_devices(model, placed)
     for device in attention.values():
         total += _attention_seconds(model, device, machine, size, num_tokens, context)
-    experts = {t.layer: placed[t.name].device for t in model.tensors if t.role == "routed_experts"}
+    elsewhere = {
+        t.layer
+        for t in model.tensors
+        if t.role == "routed_experts" and any(kind_of(p.device) != "cuda" for p in placed[t.name].parts)
+    }
     for layer, device in attention.items():
-        split = kind_of(device) == "cuda" and kind_of(experts.get(layer, device)) != "cuda"
+        split = kind_of(device) == "cuda" and layer in elsewhere
         crossing = num_tokens * model.dims.hidden_size * 6 / machine.pcie_bandwidth
         total += HANDOFF_S + crossing if split else 0.0
     return total
 
 
-def _tensor_seconds(tensor: Tensor, placed: Placed, machine: Machine, model: Model, num_tokens: int) -> float:
+def _part_seconds(tensor: Tensor, part: Placed, machine: Machine, num_tokens: int) -> float:
     if tensor.role == "embedding" and tensor.share < 1:
         return 0.0  # one row of it
-    weights = tensor.info.n_elements * tensor.share
+    elements = tensor.info.n_elements * tensor.fraction(part)
+    weights = elements * tensor.share
+    weight_bytes = tensor.active_bytes(part) / weights
     tokens = 1.0 if tensor.role in ("output", "embedding") else float(num_tokens)
     if tensor.role == "routed_experts":
         # Of so many experts used by a token, a prompt meets nearly all, each with a few tokens.
         chosen = 1 - (1 - tensor.share) ** num_tokens
-        weights, tokens = tensor.info.n_elements * chosen, num_tokens * tensor.share / chosen
-    n_bytes = weights * tensor.info.n_bytes / tensor.info.n_elements
-    if kind_of(placed.device) != "cuda":
-        return weights * _cpu_weight_seconds(machine, tensor.info.type.name, tokens, n_bytes / weights)
-    gpu = machine.device(placed.device)
+        weights, tokens = elements * chosen, num_tokens * tensor.share / chosen
+    if kind_of(part.device) != "cuda":
+        format_ = part.format or tensor.info.type.name
+        return weights * _cpu_weight_seconds(machine, format_, tokens, weight_bytes)
+    gpu = machine.device(part.device)
     bandwidth = (gpu and gpu.read_bandwidth) or DEFAULT_VRAM_BANDWIDTH
-    return max(n_bytes / bandwidth / VRAM_EFFICIENCY, weights * tokens / GPU_MACS)
+    return max(weights * weight_bytes / bandwidth / VRAM_EFFICIENCY, weights * tokens / GPU_MACS)
 
 
 def _cpu_weight_seconds(machine: Machine, format_: str, tokens: float, weight_bytes: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from hybrid.errors import PlacementError
 from hybrid.placement.memory import Model
 from hybrid.placement.plan import Plan
 from hybrid.placement.report import stored
@@ -12,7 +13,12 @@ from hybrid.placement.report import stored
 
 def flags(model: Model, plan: Plan) -> list[str]:
     """Arguments for `llama-server` or `llama-cli`. Tensors on the CPU are named by layer and kind; llama.cpp
-    keeps the embedding there by itself, and numbers its devices ``CUDA0`` and so on."""
+    keeps the embedding there by itself, and numbers its devices ``CUDA0`` and so on.
+
+    Raises:
+        PlacementError: a tensor is divided or quantised anew, which llama.cpp does not do.
+    """
+    _require_plain(model, plan)
     found = ["-c", str(plan.size.max_model_len), "-ub", str(plan.size.max_num_batched_tokens)]
     if plan.size.kv_format != "f16":
         found += ["-ctk", plan.size.kv_format]
@@ -36,6 +42,16 @@ def flags(model: Model, plan: Plan) -> list[str]:
         every = set(chosen) == _layers_with(model, kinds)
         found += ["-ot", f"{_pattern(None if every else chosen, kinds)}={_device(device)}"]
     return found
+
+
+def _require_plain(model: Model, plan: Plan) -> None:
+    for tensor, placement in stored(model, plan):
+        if placement.shares or placement.format is not None:
+            what = "divided by experts" if placement.shares else f"stored as {placement.format}"
+            raise PlacementError(
+                f"llama.cpp has no flag for {tensor.name}, which is {what} by {placement.rule}; "
+                "place whole tensors in the format of the file"
+            )
 
 
 def _layers_with(model: Model, kinds: Sequence[str]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hybrid.placement.capabilities import kind_of
@@ -22,12 +23,14 @@ DEFAULT_PCIE_BANDWIDTH = 25e9
 
 @dataclass(frozen=True)
 class Device:
-    """``budget_bytes`` may be used in all, ``None``: not known. ``read_bandwidth``: bytes per second, of one
-    NUMA node for the CPU; ``None``: see `Rates` and the defaults above."""
+    """``budget_bytes`` may be used in all, ``None``: not known; ``stated``: somebody said so for this run.
+    ``read_bandwidth``: bytes per second, of one NUMA node for the CPU; ``None``: see `Rates` and the defaults
+    above."""
 
     name: str
     budget_bytes: int | None = None
     read_bandwidth: float | None = None
+    stated: bool = False
 
     @property
     def kind(self) -> str:
@@ -80,9 +83,22 @@ class Machine:
         return tuple(device for device in self.devices if device.kind == "cuda")
 
     def with_budget(self, name: str, budget_bytes: int) -> Machine:
-        """The machine with another budget of a device, which is added if there is none of the name."""
+        """The machine with a stated budget of a device, which is added if there is none of the name."""
         found = self.device(name)
         if found is None:
-            return replace(self, devices=(*self.devices, Device(name, budget_bytes)))
-        changed = replace(found, budget_bytes=budget_bytes)
+            return replace(self, devices=(*self.devices, Device(name, budget_bytes, stated=True)))
+        changed = replace(found, budget_bytes=budget_bytes, stated=True)
         return replace(self, devices=tuple(changed if d is found else d for d in self.devices))
+
+    def with_rules(self, budgets: Mapping[str, int]) -> Machine:
+        """The machine within the budgets of rules: a stated one wins, and of what is free no more is taken
+        than there is, except on an imagined machine. A GPU that is not there becomes an imagined one."""
+        machine = self
+        for name, n_bytes in budgets.items():
+            found = self.device(name)
+            if found is None:
+                machine = replace(machine.with_budget(name, n_bytes), imagined=True)
+            elif not found.stated:
+                free = None if self.imagined else found.budget_bytes
+                machine = machine.with_budget(name, n_bytes if free is None else min(n_bytes, free))
+        return machine

@@ -8,7 +8,7 @@ from math import prod
 from typing import Protocol
 
 from hybrid.config import BLOCK_SIZE
-from hybrid.gguf import GGMLType, GGUFFile, TensorInfo
+from hybrid.gguf import TRAITS, GGMLType, GGUFFile, TensorInfo
 from hybrid.placement import scratch
 from hybrid.placement.active import ActiveShares
 from hybrid.placement.capabilities import cache_row_bytes, kind_of, matrix_bytes, vector_bytes
@@ -53,14 +53,30 @@ class Tensor:
     share: float
     parts: tuple[tuple[int, int, int], ...]
 
-    def bytes_on(self, kind: str, format_: GGMLType | None = None) -> int:
-        """Bytes on a device of this kind, in another format if one is given."""
+    @property
+    def num_experts(self) -> int:
+        """Experts whose weights are stacked in it; 0 for other tensors."""
+        return self.info.shape[0] if self.role == "routed_experts" and len(self.info.shape) == 3 else 0
+
+    def active_bytes(self, part: Placed) -> float:
+        """Bytes of a part that a token reads, in the part's format and without padding."""
+        traits = TRAITS[self.info.type if part.format is None else GGMLType[part.format]]
+        whole = self.info.n_elements / traits.block_size * traits.block_bytes
+        return (self.info.n_bytes if part.format is None else whole) * self.share * self.fraction(part)
+
+    def fraction(self, part: Placed) -> float:
+        """How much of the tensor a part is."""
+        return 1.0 if part.experts is None else len(part.experts) / self.num_experts
+
+    def bytes_on(self, kind: str, format_: GGMLType | None = None, num_experts: int | None = None) -> int:
+        """Bytes on a device of this kind, in another format if one is given, of so many experts only."""
         if not self.share:
             return 0
         if not self.parts:
             return vector_bytes(self.info.n_elements)
         stored = self.info.type if format_ is None else format_  # F32 is 0
-        return sum(matrix_bytes(stored, kind, part) for part in self.parts)
+        parts = self.parts if num_experts is None else [(num_experts, *part[1:]) for part in self.parts]
+        return sum(matrix_bytes(stored, kind, part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -142,17 +158,28 @@ def _parts(info: TensorInfo, dims: Dimensions) -> tuple[tuple[int, int, int], ..
 
 
 class Placed(Protocol):
-    """What is decided about a tensor."""
+    """What is decided about a tensor, or about some of its experts."""
 
     @property
     def device(self) -> str: ...
     @property
     def n_bytes(self) -> int: ...
+    @property
+    def format(self) -> str | None: ...
+    @property
+    def experts(self) -> tuple[int, ...] | None: ...
+
+
+class Divisible(Placed, Protocol):
+    """What is decided about all of a tensor: its parts may be placed apart."""
+
+    @property
+    def parts(self) -> Sequence[Placed]: ...
 
 
 def memory_of(
     model: Model,
-    placed: Mapping[str, Placed],
+    placed: Mapping[str, Divisible],
     devices: Sequence[tuple[str, int | None]],
     size: RunSize,
     num_threads: int,
@@ -161,7 +188,8 @@ def memory_of(
     weights: dict[str, int] = {}
     caches: dict[str, int] = {}
     for placement in placed.values():
-        weights[placement.device] = weights.get(placement.device, 0) + placement.n_bytes
+        for part in placement.parts:
+            weights[part.device] = weights.get(part.device, 0) + part.n_bytes
     row_bytes = cache_row_bytes(model.dims.cache_width, size.kv_format)
     for device in cache_devices(model, placed).values():
         caches[device] = caches.get(device, 0) + size.cache_tokens * row_bytes
@@ -170,8 +198,8 @@ def memory_of(
     hybrid = "cpu" in weights and any(kind_of(name) == "cuda" for name in weights)
     roles: dict[str, set[str]] = {}
     for tensor in model.tensors:
-        if tensor.share:
-            roles.setdefault(placed[tensor.name].device, set()).add(tensor.role)
+        for part in placed[tensor.name].parts if tensor.share else ():
+            roles.setdefault(part.device, set()).add(tensor.role)
     return {
         name: DeviceMemory(
             name,

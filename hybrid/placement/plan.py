@@ -47,13 +47,23 @@ class Placement:
     shares: tuple[ExpertShare, ...] = ()
 
     @property
+    def experts(self) -> None:
+        """All of them, where it is a stack."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Placement, ...] | tuple[ExpertShare, ...]:
+        """The shares, or the whole tensor as the only one."""
+        return self.shares or (self,)
+
+    @property
     def devices(self) -> set[str]:
         """Devices that hold some of the tensor."""
-        return {share.device for share in self.shares} or {self.device}
+        return {part.device for part in self.parts}
 
     def bytes_on(self, device: str) -> int:
         """Bytes of the tensor on ``device``."""
-        return sum(part.n_bytes for part in self.shares or (self,) if part.device == device)
+        return sum(part.n_bytes for part in self.parts if part.device == device)
 
     def __str__(self) -> str:
         if self.shares:

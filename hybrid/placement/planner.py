@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from hybrid.config import ExpertUse
 from hybrid.errors import CapacityError, PlacementError
-from hybrid.gguf import GGMLType, GGUFFile
-from hybrid.placement.auto import CPU, place_open
-from hybrid.placement.capabilities import kind_of
+from hybrid.gguf import GGUFFile
+from hybrid.placement.auto import CPU
 from hybrid.placement.cautions import cautions
 from hybrid.placement.cost import predict
 from hybrid.placement.machine import Machine
-from hybrid.placement.memory import DeviceMemory, RunSize, Tensor, memory_of, read_model
+from hybrid.placement.memory import DeviceMemory, Model, RunSize, memory_of, read_model
+from hybrid.placement.placing import Placer
 from hybrid.placement.plan import Placement, Plan
 from hybrid.placement.refusal import refusal
-from hybrid.placement.rules import Rule, RuleSet, load_rules
+from hybrid.placement.rules import AUTO, ExpertRules, Rule, Rules, RuleSet, load_rules
+from hybrid.placement.rules.checks import Subject, problems
+from hybrid.placement.rules.ranges import ranges_of
+from hybrid.placement.rules.selection import Claim, Selection, select
+from hybrid.placement.sections import cache_bytes, require_cache_device, with_expert_cache
 
 __all__ = ["Placement", "Plan", "plan"]
 
-AUTO = "auto"
 _CONTEXT_STEP = 256  # fitted contexts are multiples of it
 _SMALLEST_BATCH = 64
 
 
 def plan(
     file: GGUFFile,
-    rules: str | Path | dict[str, Any] = AUTO,
+    rules: Rules = AUTO,
     *,
     machine: Machine | None = None,
     size: RunSize | None = None,
@@ -45,7 +46,7 @@ def plan(
         experts: of those of a token, which are run; the model's own number if not given.
 
     Raises:
-        PlacementError: the rules are malformed, are for another architecture, or one of them matches nothing.
+        PlacementError: the rules are malformed, or mean nothing for this model or machine.
         ConfigError: the model has fewer experts per token than asked for.
         CapacityError: a device's budget is exceeded; the message holds the table and what would fit.
         GGUFError: the header contradicts itself.
@@ -54,22 +55,39 @@ def plan(
 
 
 class Planner:
-    """Plans of one file under one set of rules, for any size."""
+    """Plans of one file under one set of rules, for any size.
+
+    Attributes:
+        rule_set: the rules; ``None``: there are none.
+        machine: with the budgets of the rules.
+        experts: which of a token's experts are run; what is not given is as the rules have it.
+    """
 
     def __init__(
-        self,
-        file: GGUFFile,
-        rules: str | Path | dict[str, Any],
-        machine: Machine,
-        experts: ExpertUse | None = None,
+        self, file: GGUFFile, rules: Rules, machine: Machine, experts: ExpertUse | None = None
     ) -> None:
-        self.machine, self.experts = machine, experts or ExpertUse()
-        self.model = read_model(file, self.experts.per_token)
         self.rule_set = None if rules == AUTO else load_rules(rules)
-        self._chosen: dict[str, Rule] = {}
+        self.experts = experts or ExpertUse()
+        self.model = read_model(file, self.experts.per_token)
+        self.machine = machine
+        selection, cache = Selection(), {}
         if self.rule_set is not None:
-            _check_architecture(self.rule_set, file)
-            self._chosen = choose_rules(self.rule_set, file)
+            self.machine = machine.with_rules(self.rule_set.budgets)
+            selection, found = check(self.rule_set, file, self.model, self.machine)
+            if found:
+                raise PlacementError(found[0])
+            self._take_experts(file, self.rule_set.experts)
+            cache = cache_bytes(self.model, self.rule_set)
+        self.selection = selection
+        self._placer = Placer(self.model, self.machine, selection, cache)
+
+    def _take_experts(self, file: GGUFFile, rules: ExpertRules) -> None:
+        given = self.experts
+        self.experts = ExpertUse(
+            given.per_token or rules.per_token, given.threshold or rules.threshold or 0.0
+        )
+        if self.experts.per_token != given.per_token:
+            self.model = read_model(file, self.experts.per_token)
 
     def plan(self, size: RunSize, *, fit: bool = False) -> Plan:
         """See `plan`."""
@@ -95,19 +113,18 @@ class Planner:
             raise PlacementError(f"--explain: the model has no tensor {name!r}{hint}")
         layer = "" if tensor.layer is None else f", layer {tensor.layer}"
         lines = [f"{name}: role {tensor.role}{layer}, {tensor.info.type.name} {list(tensor.info.shape)}"]
-        taken = False
-        for rule in () if self.rule_set is None else self.rule_set.rules:
-            matches = rule.matches(name)
-            outcome = "matches, but the rule above has it" if taken else f"matches: {rule.device}"
-            lines.append(f"  {rule.origin}: {outcome if matches else 'does not match'}")
-            taken = taken or matches
+        claims = {claim.rule.origin: claim for claim in self.selection.claims.get(name, ())}
+        rules = () if self.rule_set is None else self.rule_set.rules
+        for rule, matched in zip(rules, self.selection.matched, strict=True):
+            lines.append(f"  {rule.origin}: {_outcome(rule, name in matched, claims.get(rule.origin))}")
         placement = self.draft(size).placements[name]
         if not tensor.share:
             lines.append("  it is not loaded: nothing reads it")
-        elif not taken:
+        elif not claims:
             lines.append("  no rule matches: auto decides")
-        lines.append(f"  {placement.device} by {placement.rule}, {placement.n_bytes} bytes there")
-        return lines
+        elif name in self.selection.open_experts:
+            lines.append(f"  auto decides about experts {ranges_of(self.selection.open_experts[name])}")
+        return lines + [f"  {part} by {part.rule}, {part.n_bytes} bytes there" for part in placement.parts]
 
     def draft(self, size: RunSize) -> Plan:
         """Placements and bytes, whether they fit or not."""
@@ -140,60 +157,35 @@ class Planner:
         return low * _CONTEXT_STEP
 
     def _draft(self, size: RunSize, numa: str) -> Plan:
-        fixed = {
-            tensor.name: self._placement(tensor, rule.device, rule.origin, numa, rule)
-            for tensor in self.model.tensors
-            if (rule := self._chosen.get(tensor.name)) is not None
-        }
-        devices = place_open(self.model, fixed, self.machine, size)
-        placements = {
-            t.name: fixed.get(t.name) or self._placement(t, devices[t.name], AUTO, numa, None)
-            for t in self.model.tensors
-        }
+        placements = self._placer.place(size, numa)
         budgets = [(device.name, device.budget_bytes) for device in self.machine.devices]
         memory = memory_of(self.model, placements, budgets, size, self.machine.num_threads)
+        if self.rule_set is not None:
+            require_cache_device(self.rule_set, self.model, placements)
+            memory = with_expert_cache(memory, self.model, self.rule_set)
         return Plan(placements, memory, size, self.machine)
 
-    def _placement(self, tensor: Tensor, device: str, origin: str, numa: str, rule: Rule | None) -> Placement:
-        mode = numa if kind_of(device) == "cpu" else "none"
-        format_: GGMLType | None = None
-        copies = self.machine.num_nodes if mode == "replicate" else 1
-        n_bytes = tensor.bytes_on(kind_of(device), format_) * copies
-        return Placement(device, origin, n_bytes, mode, None)
 
-
-def choose_rules(rule_set: RuleSet, file: GGUFFile) -> dict[str, Rule]:
-    """Tensor -> the first rule that matches it.
+def check(rule_set: RuleSet, file: GGUFFile, model: Model, machine: Machine) -> tuple[Selection, list[str]]:
+    """What the rules select, and everything that is wrong with them for this model and machine.
 
     Raises:
-        PlacementError: a rule matches nothing, or nothing that an earlier one left.
+        PlacementError: a regex takes too long.
     """
-    used: set[int] = set()
-    reached: set[int] = set()
-    chosen: dict[str, Rule] = {}
-    for name in file.tensors:
-        fitting = [index for index, rule in enumerate(rule_set.rules) if rule.matches(name)]
-        reached.update(fitting)
-        if fitting:
-            used.add(fitting[0])
-            chosen[name] = rule_set.rules[fitting[0]]
-    for index, rule in enumerate(rule_set.rules):
-        if index not in reached:
-            raise PlacementError(f"{rule.origin}: this rule matches no tensor of {file.path.name}")
-        if index not in used:
-            raise PlacementError(f"{rule.origin}: every tensor this rule matches is taken by an earlier rule")
-    return chosen
+    selection = select(rule_set.rules, model.tensors)
+    subject = Subject(model, machine, file.path.name, file.architecture)
+    return selection, list(problems(rule_set, selection, subject))
+
+
+def _outcome(rule: Rule, matches: bool, claim: Claim | None) -> str:
+    if not matches:
+        return "does not match"
+    if claim is None:
+        return "matches, but the rule above has it"
+    some = "" if claim.experts is None else f", experts {ranges_of(claim.experts)}"
+    return f"matches: {rule.device}{some}"
 
 
 def _missing(found: Plan) -> list[DeviceMemory]:
     """Devices whose budget is exceeded."""
     return [memory for memory in found.memory.values() if memory.missing_bytes]
-
-
-def _check_architecture(rule_set: RuleSet, file: GGUFFile) -> None:
-    allowed = rule_set.architectures
-    if allowed is not None and file.architecture not in allowed:
-        raise PlacementError(
-            f"{rule_set.source}: these rules are for {', '.join(sorted(allowed))}, "
-            f"but {file.path.name} is {file.architecture}"
-        )

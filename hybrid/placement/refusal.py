@@ -74,7 +74,7 @@ def _more_memory(planner: Planner, found: Plan) -> Iterator[str]:
 
 def _largest_open(found: Plan, device: str) -> str:
     """The heaviest tensor that a rule has put on a device, as an example."""
-    there = [(p.n_bytes, name) for name, p in found.placements.items() if p.device == device]
+    there = [(p.bytes_on(device), name) for name, p in found.placements.items() if device in p.devices]
     if not there:
         return ""
     n_bytes, name = max(there)

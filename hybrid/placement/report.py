@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid.placement.memory import Model, Tensor
-from hybrid.placement.plan import Placement, Plan
+from hybrid.placement.plan import ExpertShare, Placement, Plan
+
+Part = Placement | ExpertShare
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,30 @@ def stored(model: Model, plan: Plan) -> Iterator[tuple[Tensor, Placement]]:
             yield tensor, plan.placements[tensor.name]
 
 
+def parts(model: Model, plan: Plan) -> Iterator[tuple[Tensor, Part]]:
+    """The same; those that are divided come part by part."""
+    for tensor, placement in stored(model, plan):
+        for part in placement.parts:
+            yield tensor, part
+
+
 def by_role(model: Model, plan: Plan) -> list[RoleShare]:
     """One entry for each role and device, in the order of the file."""
-    found: dict[tuple[str, str], list[tuple[Tensor, Placement]]] = {}
-    for tensor, placement in stored(model, plan):
-        found.setdefault((tensor.role, placement.device), []).append((tensor, placement))
+    found: dict[tuple[str, str], list[tuple[Tensor, Part]]] = {}
+    for tensor, part in parts(model, plan):
+        found.setdefault((tensor.role, part.device), []).append((tensor, part))
     shares = []
     for (role, device), entries in found.items():
         formats: Counter[str] = Counter()
-        for tensor, placement in entries:
-            formats[placement.format or tensor.info.type.name] += placement.n_bytes
+        for tensor, part in entries:
+            formats[part.format or tensor.info.type.name] += part.n_bytes
         shares.append(
             RoleShare(
                 role,
                 device,
-                len(entries),
-                sum(placement.n_bytes for _, placement in entries),
-                sum(tensor.info.n_bytes * tensor.share for tensor, _ in entries),
+                len({tensor.name for tensor, _ in entries}),
+                sum(part.n_bytes for _, part in entries),
+                sum(tensor.active_bytes(part) for tensor, part in entries),
                 tuple(name for name, _ in formats.most_common()),
             )
         )
@@ -83,12 +92,12 @@ def by_layers(model: Model, plan: Plan) -> list[LayerRange]:
     """Layers placed alike stand together; tensors of no layer come last."""
     devices: dict[int | None, dict[str, str]] = {}
     sizes: Counter[int | None] = Counter()
-    for tensor, placement in stored(model, plan):
+    for tensor, part in parts(model, plan):
         roles = devices.setdefault(tensor.layer, {})
-        known = roles.setdefault(tensor.role, placement.device)
-        if placement.device not in known.split("+"):
-            roles[tensor.role] = f"{known}+{placement.device}"
-        sizes[tensor.layer] += placement.n_bytes
+        known = roles.setdefault(tensor.role, part.device)
+        if part.device not in known.split("+"):
+            roles[tensor.role] = f"{known}+{part.device}"
+        sizes[tensor.layer] += part.n_bytes
     ranges: list[LayerRange] = []
     for layer in sorted(layer for layer in devices if layer is not None):
         last = ranges[-1] if ranges else None
@@ -103,15 +112,15 @@ def by_layers(model: Model, plan: Plan) -> list[LayerRange]:
 
 def by_rule(model: Model, plan: Plan) -> list[RuleShare]:
     """In order of first use."""
-    found: dict[str, list[Placement]] = {}
-    for _, placement in stored(model, plan):
-        found.setdefault(placement.rule, []).append(placement)
+    found: dict[str, list[tuple[str, Part]]] = {}
+    for tensor, part in parts(model, plan):
+        found.setdefault(part.rule, []).append((tensor.name, part))
     return [
         RuleShare(
             rule,
-            tuple(sorted({placement.device for placement in placed})),
-            len(placed),
-            sum(placement.n_bytes for placement in placed),
+            tuple(sorted({part.device for _, part in placed})),
+            len({name for name, _ in placed}),
+            sum(part.n_bytes for _, part in placed),
         )
         for rule, placed in found.items()
     ]
@@ -152,8 +161,28 @@ def as_json(model: Model, plan: Plan) -> dict[str, Any]:
                 "bytes": placement.n_bytes,
                 "rule": placement.rule,
                 "numa": placement.numa,
+                **_shares(placement),
             }
             for tensor, placement in ((t, plan.placements[t.name]) for t in model.tensors)
         ],
         "warnings": list(plan.warnings),
+    }
+
+
+def _shares(placement: Placement) -> dict[str, Any]:
+    """Of a stack that is divided, which experts are where."""
+    if not placement.shares:
+        return {}
+    return {
+        "shares": [
+            {
+                "device": share.device,
+                "experts": list(share.experts),
+                "bytes": share.n_bytes,
+                "rule": share.rule,
+                "numa": share.numa,
+                "format": share.format,
+            }
+            for share in placement.shares
+        ]
     }

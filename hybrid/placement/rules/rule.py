@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import regex
 
 from hybrid.placement.memory import Tensor
-from hybrid.placement.roles import layer_of, role_of
 from hybrid.placement.rules.nodes import fail
 from hybrid.placement.rules.ranges import Ranges
 
@@ -49,14 +48,6 @@ class Rule:
     def where(self, key: str) -> str:
         """The place of a key, as far as it is known."""
         return self.origins.get(key, self.origin)
-
-    def matches(self, name: str) -> bool:
-        """Whether a name fits role, layers and glob."""
-        if self.roles is not None and role_of(name) not in self.roles:
-            return False
-        if self.layers is not None and layer_of(name) not in self.layers:
-            return False
-        return self.name is None or fnmatch.fnmatchcase(name, self.name)
 
     def matching(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of those that fit all conditions; with ``experts``, of stacks that have some of them.
