@@ -28,8 +28,9 @@ from hybrid.engine.load import LoadedModel, LoadOptions, load
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
 from hybrid.gguf import GGUFFile
+from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.cost import run_tps
-from hybrid.placement.memory import Model, read_model
+from hybrid.placement.roles import ROLES
 
 # Of a setup, what each row has its part of.
 _OF_ROWS = ("read_bandwidth", "predicted_ts", "routed_active_bytes")
@@ -79,7 +80,7 @@ class Setup:
     expert_threshold: float | None
     active_bytes: int
     routed_active_bytes: float
-    kv_bytes_per_token: int | None
+    kv_bytes_per_token: int
     read_bandwidth: float | None
     predicted_ts: dict[str, float | None]
 
@@ -125,8 +126,7 @@ def prepare(
     path = model_path(model)
     needed = context_needed(tests)
     with open_for_description(path) as file:
-        per_token = options.experts.per_token
-        summary = summarise(file, kv_format=options.kv_format, experts_per_token=per_token)
+        summary = summarise(file)
         limit = file.get(f"{file.architecture}.context_length", int)
         if needed > limit:
             raise CapacityError(
@@ -134,13 +134,13 @@ def prepare(
                 " lower -p, -n or -d"
             )
         kind = model_type(file, summary.parameters)
-        planned = read_model(file, per_token)
     select_isa(options.isa)
     announce("measuring memory bandwidth")
     read_bandwidth = bandwidth().all_threads
     announce("loading")
     loaded = load(path, replace(options, max_model_len=max(needed, 2)), progress)
     try:
+        dims, kv_format = loaded.header.dims, loaded.plan.size.kv_format
         setup = Setup(
             model_filename=str(path),
             model_type=kind,
@@ -150,31 +150,36 @@ def prepare(
             isa=loaded.isa,
             n_threads=loaded.num_threads,
             numa="none",
-            type_k=options.kv_format,
+            type_k=kv_format,
             n_ubatch=options.max_num_batched_tokens,
             placement_hash=loaded.plan.digest(),
-            experts_per_token=summary.num_experts_per_tok or None,
-            expert_threshold=options.experts.threshold or None,
-            active_bytes=summary.active_bytes,
-            routed_active_bytes=sum(r.active_bytes for r in summary.roles if r.role == "routed_experts"),
-            kv_bytes_per_token=summary.kv_bytes_per_token,
+            experts_per_token=loaded.experts.per_token or summary.num_experts_per_tok or None,
+            expert_threshold=loaded.experts.threshold or None,
+            active_bytes=round(_active_bytes(loaded, *ROLES)),
+            routed_active_bytes=_active_bytes(loaded, "routed_experts"),
+            kv_bytes_per_token=cache_row_bytes(dims.cache_width, kv_format) * len(dims.layers),
             read_bandwidth=read_bandwidth,
-            predicted_ts=_predict(planned, loaded, tests, read_bandwidth, announce),
+            predicted_ts=_predict(loaded, tests, read_bandwidth, announce),
         )
         yield SingleSequence(loaded.engine.model, needed, options.max_num_batched_tokens), setup
     finally:
         loaded.engine.close()
 
 
+def _active_bytes(loaded: LoadedModel, *roles: str) -> float:
+    """Bytes of weights of these roles that a token reads, in the formats they are stored in."""
+    tensors = [tensor for tensor in loaded.header.tensors if tensor.share and tensor.role in roles]
+    return sum(t.active_bytes(part) for t in tensors for part in loaded.plan.placements[t.name].parts)
+
+
 def _predict(
-    model: Model,
     loaded: LoadedModel,
     tests: Sequence[Workload],
     read_bandwidth: float,
     announce: Callable[[str], None],
 ) -> dict[str, float | None]:
     """Measures the model's formats on this machine; tokens per second that follow for each test."""
-    found = loaded.plan
+    found, model = loaded.plan, loaded.header
     if loaded.num_threads:
         formats = dict.fromkeys(tensor.info.type for tensor in model.tensors if tensor.share and tensor.parts)
         rates = calibrate(loaded.num_threads, read_bandwidth, formats, announce=announce)
@@ -243,7 +248,7 @@ def make_row(
     average = float(np.mean(samples_ts))
     limit = setup.read_bandwidth if test.n_gen else None
     active_bytes = round(setup.active_bytes - (1 - experts_run) * setup.routed_active_bytes)
-    token_bytes = active_bytes + (setup.kv_bytes_per_token or 0) * test.mean_context
+    token_bytes = active_bytes + setup.kv_bytes_per_token * test.mean_context
     return {
         **{key: value for key, value in asdict(setup).items() if key not in _OF_ROWS},
         "active_bytes": active_bytes,

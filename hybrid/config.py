@@ -54,20 +54,22 @@ class ExpertUse:
 
     Attributes:
         per_token: the best so many; ``None``: the model's own number.
-        threshold: of those, the ones whose weight is at least this share of the token's largest; 0: all.
+        threshold: of those, the ones whose weight is at least this share of the token's largest; ``None`` and
+            0: all.
 
     Raises:
         ConfigError: a value is no number, or out of range.
     """
 
     per_token: int | None = None
-    threshold: float = 0.0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.per_token is not None and (type(self.per_token) is not int or self.per_token < 1):
             raise ConfigError(f"experts_per_token: expected an integer >= 1, found {self.per_token!r}")
-        if type(self.threshold) not in (int, float) or not 0 <= self.threshold <= 1:
-            raise ConfigError(f"expert_threshold: expected a number from 0 to 1, found {self.threshold!r}")
+        threshold = 0.0 if self.threshold is None else self.threshold
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise ConfigError(f"expert_threshold: expected a number from 0 to 1, found {threshold!r}")
 
 
 DEMO_MODEL = "demo"

@@ -80,7 +80,6 @@ def summarise(
     *,
     kv_format: str = "f16",
     has_kernel: Callable[[int], bool] = lambda _: True,
-    experts_per_token: int | None = None,
 ) -> ModelSummary:
     """Describes an open file.
 
@@ -88,9 +87,11 @@ def summarise(
         file: opened with or without its data.
         kv_format: ``f32``, ``f16`` or ``bf16``, for the cache's bytes.
         has_kernel: whether a tensor type id can be computed with on this machine.
-        experts_per_token: as `ActiveShares`, whose errors are raised too.
+
+    Raises:
+        GGUFError: the header contradicts itself (experts used exceed experts present).
     """
-    shares = ActiveShares(file, experts_per_token)
+    shares = ActiveShares(file)
     tensors = [_summarise_tensor(shares, info) for info in file.tensors.values()]
     return ModelSummary(
         architecture=file.architecture,

@@ -32,20 +32,21 @@ class LLM:
     Args:
         model: a GGUF file (any shard of a split one); ``None`` or ``"demo"`` for the bundled model.
         rules: where tensors go; ``"auto"`` decides by itself.
-        max_model_len: tokens of prompt and text together; the cache is made for them. Default: what the
-            model was made for, at most 8192; 0: what the model was made for.
+        max_model_len: tokens of prompt and text together; the cache is made for them. Default: the rules',
+            else what the model was made for, at most 8192; 0: what the model was made for.
         num_threads: CPU threads. Default: ``HYBRID_THREADS``, else one for each physical core.
         isa: CPU kernels to use. Default: ``HYBRID_ISA``, else the best of the host.
-        kv_format: ``"f32"``, ``"f16"`` or ``"bf16"``.
+        kv_format: ``"f32"``, ``"f16"`` or ``"bf16"``. Default: the rules', else ``"f16"``.
         seed: requests without a seed of their own follow from it.
         max_num_seqs: requests computed at once; each has room for a full context.
         max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
         progress: called with (bytes read, bytes in all) while the model loads.
         ram_bytes: RAM that weights, cache and working memory may take. Default: what is free.
         fit: shorten the context, then the steps, until the model fits.
-        experts_per_token: run so many of the experts chosen for a token, the best. Default: all.
+        experts_per_token: run so many of the experts chosen for a token, the best. Default: the rules',
+            else all.
         expert_threshold: run those whose weight is at least this share, 0 to 1, of the token's largest.
-            Default: all.
+            Default: the rules', else all, as 0 means.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -60,7 +61,7 @@ class LLM:
         *,
         num_threads: int | None = None,
         isa: str | None = None,
-        kv_format: KVFormat = "f16",
+        kv_format: KVFormat | None = None,
         seed: int = 0,
         max_num_seqs: int = 1,
         max_num_batched_tokens: int = 512,

@@ -126,7 +126,7 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     """Flags that `open_model` reads, besides ``-m``. ``context`` is the help of ``-c`` where it differs."""
     group = parser.add_argument_group("machine")
     flag(group, "-c", "--ctx-size", help=context)
-    flag(group, "-ctk", "--cache-type-k", "--kv-format", default="f16")
+    flag(group, "-ctk", "--cache-type-k", "--kv-format")
     flag(group, "-t", "--threads")
     flag(group, "--isa")
     flag(group, "--rules", default="auto")

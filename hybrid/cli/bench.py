@@ -27,7 +27,6 @@ _WIDTHS = {
     "isa": -10,
     "ub": 5,
     "ctk": -5,
-    "experts": -12,
 }
 
 
@@ -102,12 +101,11 @@ def _print_markdown(rows: Iterator[dict[str, Any]], args: argparse.Namespace) ->
     columns = ["model", "size", "params", "backend", "threads"]
     columns += ["isa"] if args.isa is not None else []
     columns += ["ub"] if args.ubatch_size != _DEFAULT_UBATCH else []
-    columns += ["ctk"] if args.kv_format != "f16" else []
-    columns += ["experts"] if args.experts_per_token is not None or args.expert_threshold else []
-    widths = {name: _WIDTHS[name] for name in columns} | {"test": 15, "t/s": 20}
     done: list[dict[str, Any]] = []
     for row in rows:
         if not done:
+            columns += ["ctk"] if row["type_k"] != "f16" else []
+            widths = {name: _WIDTHS[name] for name in columns} | {"test": 15, "t/s": 20}
             print(_line({name: name for name in widths}, widths))
             print("|" + "|".join(_rule(width) for width in widths.values()) + "|")
         print(_line(_cells(row), widths), flush=True)
@@ -125,16 +123,9 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "isa": row["isa"],
         "ub": str(row["n_ubatch"]),
         "ctk": row["type_k"],
-        "experts": _experts(row),
         "test": row["test"],
         "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
     }
-
-
-def _experts(row: dict[str, Any]) -> str:
-    """``3, > 0.2``: experts of a token, and the share of the heaviest one's weight that they must have."""
-    threshold = row["expert_threshold"]
-    return f"{row['experts_per_token']}" + (f", ≥ {threshold:g}" if threshold else "")
 
 
 def _line(cells: dict[str, str], widths: dict[str, int]) -> str:
@@ -151,8 +142,13 @@ def _rule(width: int) -> str:
 
 def _print_footer(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
+    experts = (
+        "" if first["experts_per_token"] is None else f" experts per token {first['experts_per_token']},"
+    )
+    if first["expert_threshold"]:
+        experts += f" expert threshold {first['expert_threshold']:g},"
     print(
-        f"\nisa {first['isa']}, {first['n_threads']} threads, numa {first['numa']},"
+        f"\nisa {first['isa']}, {first['n_threads']} threads, numa {first['numa']},{experts}"
         f" placement {first['placement_hash']}"
     )
     for row in rows:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-c", "--ctx-size")
     arguments.flag(parser, "-ub", "--ubatch-size", default=512)
     arguments.flag(parser, "-np", "--parallel", default=1)
-    arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", default="f16", choices=_CACHE_FORMATS)
+    arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", choices=_CACHE_FORMATS)
     arguments.flag(parser, "--rules", default="auto")
     arguments.flag(parser, "--fit")
     arguments.add_experts(parser)
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _CACHE_FORMATS = ("f32", "f16", "bf16", "q8_0")
+_THRESHOLD = "speed is predicted as if the threshold dropped no experts; how many it does shows when running"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,20 +52,24 @@ def run(args: argparse.Namespace) -> int:
     from hybrid.gguf import GGUFFile
     from hybrid.placement.memory import RunSize
     from hybrid.placement.planner import Planner
+    from hybrid.placement.settings import context_of, kv_format_of
 
     path = model_path(args.model if args.file is None else args.file)
     with GGUFFile.open(path, header_only=True) as file:
-        experts = ExpertUse(args.experts_per_token, args.expert_threshold or 0.0)
+        experts = ExpertUse(args.experts_per_token, args.expert_threshold)
         planner = Planner(file, args.rules, machine_of(args), experts)
         longest = planner.model.dims.context_length or DEFAULT_MAX_MODEL_LEN
-        context = min(longest, DEFAULT_MAX_MODEL_LEN) if args.ctx_size is None else args.ctx_size or longest
+        context = context_of(args.ctx_size, planner.rule_set, longest)
         if context > longest:
             raise ConfigError(f"-c: expected at most the {longest} tokens the model was made for")
-        size = RunSize(context, args.parallel, args.ubatch_size, args.kv_format)
+        kv_format = kv_format_of(args.kv_format, planner.rule_set)
+        size = RunSize(context, args.parallel, args.ubatch_size, kv_format)
         if args.explain is not None:
             print("\n".join(planner.explain(args.explain, size)))
             return 0
         found = planner.plan(size, fit=args.fit)
+        if planner.experts.threshold:
+            found = replace(found, warnings=(*found.warnings, _THRESHOLD))
     _print(args, planner, found, path)
     return 0
 

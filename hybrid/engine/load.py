@@ -7,29 +7,27 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hybrid import env
 from hybrid.backends.isa import select_isa
 from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
-from hybrid.config import (
-    CACHE_BYTES,
-    DEFAULT_MAX_MODEL_LEN,
-    EngineConfig,
-    ExpertUse,
-    KVFormat,
-    model_path,
-)
+from hybrid.config import CACHE_BYTES, EngineConfig, ExpertUse, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, PlacementError
 from hybrid.gguf import GGUFFile
+from hybrid.log import get_logger
 from hybrid.models.loader import load_model
 from hybrid.models.registry import family_of
 from hybrid.placement.machine import Machine
-from hybrid.placement.memory import RunSize
-from hybrid.placement.planner import Plan, plan
+from hybrid.placement.memory import Model, RunSize
+from hybrid.placement.planner import Plan, Planner
+from hybrid.placement.rules import RuleSet
+from hybrid.placement.settings import context_of, kv_format_of
 from hybrid.tokenizer import Tokenizer
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class LoadOptions:
     max_model_len: int | None = None
     num_threads: int | None = None
     isa: str | None = None
-    kv_format: KVFormat = "f16"
+    kv_format: KVFormat | None = None
     seed: int = 0
     max_num_seqs: int = 1
     max_num_batched_tokens: int = 512
@@ -54,31 +52,25 @@ class LoadOptions:
     expert_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_format not in CACHE_BYTES:
+        if self.kv_format not in (None, *CACHE_BYTES):
             raise ConfigError(f"kv_format: expected {', '.join(CACHE_BYTES)}, found {self.kv_format!r}")
         if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
             raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
             raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
-        self.experts  # noqa: B018  checks them
-
-    @property
-    def experts(self) -> ExpertUse:
-        """Which experts of a token are run."""
-        return ExpertUse(
-            self.experts_per_token, 0.0 if self.expert_threshold is None else self.expert_threshold
-        )
+        ExpertUse(self.experts_per_token, self.expert_threshold)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything that answers requests."""
+    """Everything that answers requests. ``header`` is what planning knows of the file."""
 
     path: Path
     engine: Engine
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     plan: Plan
+    header: Model
     isa: str
     num_threads: int
     experts: ExpertUse
@@ -101,10 +93,11 @@ def load(
     num_threads = options.num_threads or env.get("HYBRID_THREADS")
     with GGUFFile.open(path) as file:
         hparams = family_of(file).read_config(file)
-        config = engine_config(options, hparams.max_position_embeddings)
         tokenizer = Tokenizer.from_gguf(file)
         tokenizer.check_embedding(hparams.vocab_size)
-        placements = _plan(file, options, config, this_machine(num_threads, isa))
+        planner = _planner(file, options, this_machine(num_threads, isa))
+        config = engine_config(options, hparams.max_position_embeddings, planner.rule_set)
+        placements = _plan(planner, options, config)
         config = replace(
             config,
             max_model_len=placements.size.max_model_len,
@@ -115,9 +108,9 @@ def load(
             plan=placements,
             max_model_len=config.max_model_len,
             num_threads=num_threads,
-            kv_format=options.kv_format,
+            kv_format=cast(KVFormat, placements.size.kv_format),
             progress=progress,
-            config=_with_experts(hparams, options.experts),
+            config=_with_experts(hparams, planner.experts),
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
@@ -125,7 +118,7 @@ def load(
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(
-        path, engine, tokenizer, template, placements, isa, loaded.num_threads, options.experts
+        path, engine, tokenizer, template, placements, planner.model, isa, loaded.num_threads, planner.experts
     )
 
 
@@ -143,13 +136,29 @@ def _check_process() -> None:
     _loading_process = os.getpid()
 
 
-def _plan(file: GGUFFile, options: LoadOptions, config: EngineConfig, machine: Machine) -> Plan:
+def _planner(file: GGUFFile, options: LoadOptions, machine: Machine) -> Planner:
     if options.ram_bytes is not None:
         machine = machine.with_budget("cpu", options.ram_bytes)
+    experts = ExpertUse(options.experts_per_token, options.expert_threshold)
+    return Planner(file, options.rules, machine, experts)
+
+
+def _plan(planner: Planner, options: LoadOptions, config: EngineConfig) -> Plan:
     size = RunSize(
-        config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, options.kv_format
+        config.max_model_len,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        kv_format_of(options.kv_format, planner.rule_set),
     )
-    return plan(file, options.rules, machine=machine, size=size, fit=options.fit, experts=options.experts)
+    planned = planner.plan(size, fit=options.fit)
+    format_ = planned.size.kv_format
+    if format_ not in CACHE_BYTES:
+        where = "" if planner.rule_set is None else f"{planner.rule_set.where('kv_cache.format')}: "
+        known = ", ".join(CACHE_BYTES)
+        raise PlacementError(f"{where}format: this build runs caches of {known}, found {format_}")
+    for warning in planned.warnings:
+        logger.warning("%s", warning)
+    return planned
 
 
 def _with_experts(hparams: Any, use: ExpertUse) -> Any:
@@ -158,20 +167,19 @@ def _with_experts(hparams: Any, use: ExpertUse) -> Any:
     router = replace(
         router,
         num_experts_per_tok=use.per_token or router.num_experts_per_tok,
-        expert_threshold=use.threshold,
+        expert_threshold=use.threshold or 0.0,
     )
     return replace(hparams, router=router)
 
 
-def engine_config(options: LoadOptions, limit: int) -> EngineConfig:
-    """Sizes of the engine for a model made for ``limit`` tokens.
+def engine_config(options: LoadOptions, limit: int, rule_set: RuleSet | None = None) -> EngineConfig:
+    """Sizes of the engine for a model made for ``limit`` tokens, as options and rules have them.
 
     Raises:
         ConfigError: an option is out of range.
     """
-    length = min(limit, DEFAULT_MAX_MODEL_LEN) if options.max_model_len is None else options.max_model_len
     config = EngineConfig(
-        max_model_len=length or limit,
+        max_model_len=context_of(options.max_model_len, rule_set, limit),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         seed=options.seed,

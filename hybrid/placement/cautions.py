@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybrid.config import ExpertUse
 from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import can_multiply, kind_of
 from hybrid.placement.memory import Model
@@ -19,10 +18,8 @@ RUNNABLE_NUMA = ("none",)
 _NEARLY_FULL = 0.97
 
 
-def cautions(model: Model, plan: Plan, experts: ExpertUse) -> Iterator[str]:
+def cautions(model: Model, plan: Plan) -> Iterator[str]:
     """Whole sentences."""
-    if experts.threshold:
-        yield "speed is predicted as if the threshold dropped no experts; how many it does shows when running"
     absent = [device for device in plan.devices if kind_of(device) not in RUNNABLE_KINDS]
     if absent:
         yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"

@@ -16,11 +16,12 @@ from hybrid.placement.memory import DeviceMemory, Model, RunSize, memory_of, rea
 from hybrid.placement.placing import Placer
 from hybrid.placement.plan import Placement, Plan
 from hybrid.placement.refusal import refusal
-from hybrid.placement.rules import AUTO, ExpertRules, Rule, Rules, RuleSet, load_rules
+from hybrid.placement.rules import AUTO, Rule, Rules, RuleSet, load_rules
 from hybrid.placement.rules.checks import Subject, problems
 from hybrid.placement.rules.ranges import ranges_of
 from hybrid.placement.rules.selection import Claim, Selection, select
 from hybrid.placement.sections import cache_bytes, require_cache_device, with_expert_cache
+from hybrid.placement.settings import experts_of
 
 __all__ = ["Placement", "Plan", "plan"]
 
@@ -76,16 +77,13 @@ class Planner:
             selection, found = check(self.rule_set, file, self.model, self.machine)
             if found:
                 raise PlacementError(found[0])
-            self._take_experts(file, self.rule_set.experts)
+            self._take_experts(file, self.rule_set)
             cache = cache_bytes(self.model, self.rule_set)
         self.selection = selection
         self._placer = Placer(self.model, self.machine, selection, cache)
 
-    def _take_experts(self, file: GGUFFile, rules: ExpertRules) -> None:
-        given = self.experts
-        self.experts = ExpertUse(
-            given.per_token or rules.per_token, given.threshold or rules.threshold or 0.0
-        )
+    def _take_experts(self, file: GGUFFile, rule_set: RuleSet) -> None:
+        given, self.experts = self.experts, experts_of(self.experts, rule_set)
         if self.experts.per_token != given.per_token:
             self.model = read_model(file, self.experts.per_token)
 
@@ -97,8 +95,7 @@ class Planner:
         if _missing(found):
             raise CapacityError(refusal(self, found))
         prediction = predict(self.model, found.placements, self.machine, found.size)
-        warnings = tuple(cautions(self.model, found, self.experts))
-        return replace(found, prediction=prediction, warnings=warnings)
+        return replace(found, prediction=prediction, warnings=tuple(cautions(self.model, found)))
 
     def explain(self, name: str, size: RunSize) -> list[str]:
         """The rules tried for a tensor, one line each, and where it goes.

@@ -136,7 +136,7 @@ def test_a_flag_wins_over_its_variable(monkeypatch, command):
     monkeypatch.setenv("HYBRID_KV_FORMAT", "bf16")
     assert main(["try"]) == 0
     assert main(["try", "-t", "5", "-ctk", "f32", "-c", "0"]) == 0
-    assert seen == [(None, "f16", None), (3, "bf16", None), (5, "f32", 0)]
+    assert seen == [(None, None, None), (3, "bf16", None), (5, "f32", 0)]
 
 
 def test_a_bad_variable_is_named(monkeypatch, capsys, command):

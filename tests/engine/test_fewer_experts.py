@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from hybrid.forward import SingleSequence
 from hybrid.gguf import GGUFFile
 from hybrid.placement.active import ActiveShares
 from hybrid.placement.machine import Machine
-from hybrid.placement.planner import Planner, plan
+from hybrid.placement.planner import Planner
 
 IDS = np.arange(5, 70, dtype=np.int32)
 
@@ -98,9 +98,6 @@ def test_a_plan_counts_the_experts_that_are_run():
         assert two.model.dims.num_experts_per_tok == 2
         for a, b in zip(whole.model.tensors, two.model.tensors, strict=True):
             assert b == (replace(a, share=a.share / 2) if a.role == "routed_experts" else a)
-        warned = plan(file, experts=ExpertUse(threshold=0.5)).warnings
-        assert any("threshold" in warning for warning in warned)
-        assert not any("threshold" in warning for warning in plan(file).warnings)
         shares = ActiveShares(file, 1)
         info = file.tensors["blk.1.ffn_up_exps.weight"]
         assert shares.share(info, "routed_experts") == 1 / 16
@@ -132,8 +129,11 @@ def test_bad_flags(argv, code, message, capsys):
 
 
 def test_plan_predicts_with_fewer_experts(capsys):
-    speeds = []
-    for more in ([], ["--experts-per-token", "1"]):
-        assert main(["plan", "demo", *more]) == 0
-        speeds.append(float(re.search(r"([\d.]+) tokens/s", capsys.readouterr().out).group(1)))
-    assert speeds[1] > speeds[0]
+    speeds, warnings = [], []
+    for more in ([], ["--experts-per-token", "1"], ["--expert-threshold", "0.5"]):
+        assert main(["plan", "demo", "-o", "json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        speeds.append(found["predicted"]["decode_tps"])
+        warnings.append([text for text in found["warnings"] if "threshold" in text])
+    assert speeds[1] > speeds[0] == speeds[2]
+    assert [len(texts) for texts in warnings] == [0, 0, 1]

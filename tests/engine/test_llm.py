@@ -58,6 +58,7 @@ def make_llm(monkeypatch, make_engine):
             LetterTokenizer(),
             template or NameTemplate(),
             None,
+            None,
             "scalar",
             1,
             ExpertUse(),
