@@ -54,6 +54,8 @@ void multiply_tile(const OpsTable& ops, const Tile& tile, int64_t num_tokens, co
 void linear_transposed_batched(ThreadPool& pool, const PackedMatrix& matrix, const float* x, int64_t num_tokens,
                                int64_t x_token_stride, int64_t x_batch_stride, float* out, int64_t out_token_stride,
                                int64_t out_batch_stride) {
+  check_product("linear_transposed_batched", matrix, matrix.rows(), matrix.cols(),
+                {x, num_tokens, x_token_stride, x_batch_stride, out, out_token_stride, out_batch_stride});
   const OpsTable& ops = ops_table(current_isa());
   const GroupExpand expand = kernel_for(matrix).expand;
   const int64_t cols = matrix.cols(), tiles = (cols + kTileColumns - 1) / kTileColumns;

@@ -23,4 +23,10 @@ T* pointer(Address address, const char* operation, const char* argument) {
   return reinterpret_cast<T*>(address);
 }
 
+// The same where null means that there is none.
+template <class T>
+T* optional_pointer(Address address, const char* operation, const char* argument) {
+  return address == 0 ? nullptr : pointer<T>(address, operation, argument);
+}
+
 }  // namespace hybrid

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "bindings_address.h"
 #include "bindings_ops.h"
+#include "limits.h"
 #include "moe.h"
 #include "ops.h"
 #include "recording.h"
@@ -41,7 +42,7 @@ void bind_norm(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Add
   check_count(dim, 1, kName, "dim");
   if (num_tokens == 0) return;
   run_operation([&pool, num_tokens, dim, eps, x_in = pointer<const float>(x, kName, "x"),
-                 scale = pointer<const float>(weight, kName, "weight"), add_to = reinterpret_cast<float*>(residual),
+                 scale = pointer<const float>(weight, kName, "weight"), add_to = optional_pointer<float>(residual, kName, "residual"),
                  result = pointer<float>(out, kName, "out")] {
     rms_norm(pool, x_in, num_tokens, dim, scale, eps, add_to, result);
   });
@@ -108,7 +109,7 @@ void bind_route(ThreadPool& pool, const PackedMatrix& router, Address x, int64_t
   if (num_tokens == 0) return;
   const RouteArgs args{.x = pointer<const float>(x, kName, "x"),
                        .num_tokens = num_tokens,
-                       .bias = reinterpret_cast<const float*>(bias),
+                       .bias = optional_pointer<const float>(bias, kName, "bias"),
                        .sigmoid = scoring == "sigmoid",
                        .num_groups = num_groups,
                        .topk_groups = topk_groups,

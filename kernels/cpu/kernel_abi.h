@@ -1,10 +1,6 @@
 // What dispatch, the threaded operations and the per-ISA kernels agree on.
 //
-// Packed layout. A matrix [rows, cols] of a quantised format is stored as groups of 16 rows; a
-// group holds its 16 rows' whole K extent, K-block after K-block, and is a bijection of the 16
-// GGUF rows (rows past the end are zero blocks). Inside a K-block codes stand as [K/4][16][4]:
-// lane = row, four consecutive columns to a lane, which is the operand order of VNNI and of AMX
-// B tiles at once. Each format's exact byte map stands beside its pack function.
+// Packed layout: block_formats.h.
 //
 // Ordering. A kernel computes one 16-row group over the full K for a list of tokens. Per output
 // the order of floating-point operations is fixed: K-blocks ascending, one fused multiply-add for
@@ -56,7 +52,7 @@ using GroupGemm = void (*)(const uint8_t* group, int64_t num_groups, int64_t col
                            int64_t out_stride);
 
 // Dequantises columns [col, col + n) of a group to f32: out[r * out_stride + c]. col and n are
-// multiples of the format's block size (32 or 256; 1 for float formats), n <= 256.
+// multiples of the format's block size (32 or 256; 1 for F32 and F16, 2 for BF16), n <= 256.
 using GroupExpand = void (*)(const uint8_t* group, int64_t cols, int64_t col, int64_t n, float* out,
                              int64_t out_stride);
 

@@ -1,5 +1,7 @@
-// What a machine can do at most. Read bandwidth of RAM, the roof of decoding: the best of several read loops, each by its median pass, since what
-// others leave in a shared cache makes some passes too fast.
+// What a machine can do at most: read RAM, the roof of decoding, and multiply int8, that of prompts. The best of several
+// read loops counts, each by its median pass: what is left in a shared cache makes some passes too fast.
+#include "limits.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>

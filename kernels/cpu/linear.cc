@@ -52,19 +52,23 @@ void quantize_rows(ThreadPool& pool, const PackedMatrix& m, const LinearArgs& a,
   }
 }
 
-void check_linear(const PackedMatrix& m, const LinearArgs& a) {
-  constexpr const char* kName = "linear";
-  check(kName, a.num_tokens >= 0, "the number of tokens must not be negative, found " + std::to_string(a.num_tokens));
-  check(kName, a.num_tokens <= INT32_MAX, "the number of tokens must fit 32 bits, found " + std::to_string(a.num_tokens));
-  check(kName, a.x && a.out, "the address of x or out is null");
-  check(kName, a.num_tokens < 2 || a.x_token_stride >= m.cols(),
-        "the token stride of x must be at least " + std::to_string(m.cols()) + ", found " + std::to_string(a.x_token_stride));
-  check(kName, a.num_tokens < 2 || a.out_token_stride >= m.rows(),
-        "the token stride of out must be at least " + std::to_string(m.rows()) + ", found " + std::to_string(a.out_token_stride));
-  check(kName, m.batch() < 2 || (a.x_batch_stride >= 0 && a.out_batch_stride >= m.rows()),
-        "the batch stride of out must be at least " + std::to_string(m.rows()) + " and that of x not negative, found " +
+}  // namespace
+
+void check_product(const char* operation, const PackedMatrix& m, int64_t in, int64_t out, const LinearArgs& a) {
+  check(operation, a.num_tokens >= 0, "the number of tokens must not be negative, found " + std::to_string(a.num_tokens));
+  check(operation, a.num_tokens <= INT32_MAX, "the number of tokens must fit 32 bits, found " + std::to_string(a.num_tokens));
+  check(operation, a.x, "the address of x is null");
+  check(operation, a.out, "the address of out is null");
+  check(operation, a.num_tokens < 2 || a.x_token_stride >= in,
+        "the token stride of x must be at least " + std::to_string(in) + ", found " + std::to_string(a.x_token_stride));
+  check(operation, a.num_tokens < 2 || a.out_token_stride >= out,
+        "the token stride of out must be at least " + std::to_string(out) + ", found " + std::to_string(a.out_token_stride));
+  check(operation, m.batch() < 2 || (a.x_batch_stride >= 0 && a.out_batch_stride >= out),
+        "the batch stride of out must be at least " + std::to_string(out) + " and that of x not negative, found " +
             std::to_string(a.out_batch_stride) + " and " + std::to_string(a.x_batch_stride));
 }
+
+namespace {
 
 // Groups [group, end) of matrix `b` times the tokens of a tile; nothing past the matrix's rows is written.
 void run_groups(const KernelRow& kernel, const PackedMatrix& m, int64_t b, int64_t group, int64_t end,
@@ -133,7 +137,7 @@ void run_group(const KernelRow& kernel, const uint8_t* group, int num_rows, int6
 }
 
 void linear_batched(ThreadPool& pool, const PackedMatrix& m, const LinearArgs& a) {
-  check_linear(m, a);
+  check_product(m.batch() == 1 ? "linear" : "linear_batched", m, m.cols(), m.rows(), a);
   if (a.num_tokens == 0) return;
   const KernelRow& kernel = kernel_for(m);
   const bool quantised = kernel.activation == ActFormat::q8;

@@ -63,6 +63,10 @@ struct LinearArgs {
 };
 void linear_batched(ThreadPool& pool, const PackedMatrix& matrix, const LinearArgs& args);
 
+// Throws std::invalid_argument, naming the operation, where addresses or strides do not fit rows of `in` elements
+// of x and `out` elements of the results.
+void check_product(const char* operation, const PackedMatrix& matrix, int64_t in, int64_t out, const LinearArgs& args);
+
 // out[t] = W @ x[t] for a matrix with batch 1.
 void linear(ThreadPool& pool, const PackedMatrix& matrix, const float* x, int64_t num_tokens, int64_t x_stride,
             float* out, int64_t out_stride);

@@ -48,6 +48,7 @@ PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t c
   const int64_t bytes = checked_product(checked_product(batch, num_groups_), group_bytes_);
   mapped_bytes_ = (static_cast<size_t>(bytes) + kHugePage - 1) / kHugePage * kHugePage;
   if (static_cast<size_t>(bytes) < kHugePage) mapped_bytes_ = static_cast<size_t>(bytes);
+  // Not reserved: strict overcommit would count a model twice while it is read. Budgets are the planner's business.
   void* data = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   // Advice only: without huge pages the kernels are slower, not wrong.

@@ -4,8 +4,9 @@
 // top-k order. Where a matrix is quantised, its input is rounded to int8 first, a block of 256 columns
 // at a time. No result depends on other tokens, on their order, or on the number of threads.
 //
-// A layer is two or three passes over the pool: gate and up with SwiGLU and rounding; down; and
-// the sum over experts, which is part of the second pass where there are few tokens.
+// Passes over the pool: rounding the inputs (on one thread where they are few); gate and up with SwiGLU and
+// rounding; down. The sum over experts is part of the last where there are few tokens, else a pass of its own for
+// every slice of down's rows.
 #pragma once
 #include <cstdint>
 

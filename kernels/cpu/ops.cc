@@ -119,9 +119,10 @@ const OpsTable& ops_table(Isa isa) {
       return kOpsAvx512Vnni;
     case Isa::kAvx2:
       return kOpsAvx2;
-    default:
+    case Isa::kScalar:
       return kOpsScalar;
   }
+  throw std::logic_error("ops_table: no such ISA");
 }
 
 void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, const float* weight, float eps,

@@ -47,12 +47,4 @@ struct RouteArgs {
 // Throws std::invalid_argument if the counts do not fit together.
 void route(ThreadPool& pool, const PackedMatrix& router, const RouteArgs& args);
 
-// Bytes a second read from RAM by `num_threads` of the pool's threads (0: all), the best of several
-// read loops, each run for a share of `seconds` over `bytes` of memory.
-double measure_read_bandwidth(ThreadPool& pool, int64_t bytes, double seconds, int num_threads);
-
-// Operations a second (a product and a sum are two) of int8 products by all threads, of the current ISA, from
-// registers: the median of passes over `seconds`.
-double measure_int8_rate(ThreadPool& pool, double seconds);
-
 }  // namespace hybrid

@@ -11,6 +11,10 @@ thread_local Recording* t_current = nullptr;
 
 Recording* Recording::current() { return t_current; }
 
+Recording::~Recording() {
+  if (t_current == this) t_current = nullptr;
+}
+
 void Recording::start() {
   if (t_current != nullptr) throw std::logic_error("Recording: start() was called on a thread that records already");
   t_current = this;

@@ -14,6 +14,10 @@ namespace hybrid {
 
 class Recording {
  public:
+  Recording() = default;
+  Recording(const Recording&) = delete;
+  Recording& operator=(const Recording&) = delete;
+  ~Recording();  // stops, where the calling thread records into this
   // Keeps the operations of the calling thread until `stop`. Throws std::logic_error if it records already.
   void start();
   // Throws std::logic_error if the calling thread does not record into this.

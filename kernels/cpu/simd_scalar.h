@@ -180,7 +180,7 @@ struct V {
   static F half_to_float(const I& a) {
     I r = map(a, [](uint32_t h) {
       const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-      if (exponent == 31) return sign | 0x7f800000u | (mantissa << 13);
+      if (exponent == 31) return sign | 0x7f800000u | (mantissa << 13) | (mantissa == 0 ? 0u : 0x400000u);  // NaNs quiet
       if (exponent != 0) return sign | ((exponent + 112) << 23) | (mantissa << 13);
       const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
       uint32_t bits;

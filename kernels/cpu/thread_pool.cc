@@ -174,11 +174,13 @@ ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus) {
   try {
     for (int i = 1; i < num_threads; ++i) {
       const int cpu = cpus.empty() ? -1 : cpus[static_cast<size_t>(i)];
-      state->workers.emplace_back([state, i, cpu] {
+      state->workers.emplace_back([state, i] {
         pthread_setname_np(pthread_self(), ("hybrid-cpu-" + std::to_string(i)).substr(0, 15).c_str());
-        if (cpu >= 0) pin_current_thread(cpu);
         state->worker_loop(i);
       });
+      if (cpu >= 0 && !pin_thread(state->workers.back().native_handle(), cpu)) {
+        throw std::runtime_error("ThreadPool: the system refuses to bind a thread to CPU " + std::to_string(cpu));
+      }
     }
   } catch (...) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <fstream>
 #include <set>
+#include <stdexcept>
 #include <string>
 
 namespace hybrid {
@@ -39,7 +40,7 @@ std::vector<int> allowed_cpus() {
     CPU_FREE(mask);
     if (known) return cpus;
   }
-  return {0};
+  throw std::runtime_error("the system does not tell which CPUs this process may run on (sched_getaffinity)");
 }
 
 std::vector<int> physical_cores() {
@@ -52,12 +53,12 @@ std::vector<int> physical_cores() {
 
 bool contains(const std::vector<int>& cpus, int cpu) { return std::find(cpus.begin(), cpus.end(), cpu) != cpus.end(); }
 
-bool pin_current_thread(int cpu) {
+bool pin_thread(pthread_t thread, int cpu) {
   cpu_set_t* mask = CPU_ALLOC(static_cast<size_t>(cpu) + 1);
   const size_t bytes = CPU_ALLOC_SIZE(static_cast<size_t>(cpu) + 1);
   CPU_ZERO_S(bytes, mask);
   CPU_SET_S(static_cast<size_t>(cpu), bytes, mask);
-  const bool done = pthread_setaffinity_np(pthread_self(), bytes, mask) == 0;
+  const bool done = pthread_setaffinity_np(thread, bytes, mask) == 0;
   CPU_FREE(mask);
   return done;
 }

@@ -1,5 +1,7 @@
 // CPUs of this machine as the operating system shows them to this process.
 #pragma once
+#include <pthread.h>
+
 #include <vector>
 
 namespace hybrid {
@@ -12,7 +14,7 @@ std::vector<int> physical_cores();
 
 bool contains(const std::vector<int>& cpus, int cpu);
 
-// Binds the calling thread to one CPU; false if the system refuses.
-bool pin_current_thread(int cpu);
+// Binds a thread to one CPU; false if the system refuses.
+bool pin_thread(pthread_t thread, int cpu);
 
 }  // namespace hybrid

@@ -253,7 +253,7 @@ def inputs(tokens: int, batch: int, rows: int) -> np.ndarray:
     "kind", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q5_0, GGMLType.Q4_K]
 )
 @pytest.mark.parametrize(("batch", "rows", "cols"), [(2, 16, 256), (3, 24, 512), (1, 7, 768)])
-@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65])
 def test_transposed_product(isa: str, kind: GGMLType, batch: int, rows: int, cols: int, tokens: int) -> None:
     matrix, weight = stack(kind, batch, rows, cols)
     x = inputs(tokens, batch, rows)
@@ -285,3 +285,23 @@ def test_transposed_product_bits_do_not_depend_on_threads_mates_or_isa() -> None
     np.testing.assert_array_equal(transposed(matrix, x[9:10].copy(), 512), whole[9:10])
     for other in on_every_isa(lambda: transposed(matrix, x, 512)):
         np.testing.assert_array_equal(other, whole)
+
+
+def test_transposed_product_refuses_rows_that_overlap() -> None:
+    matrix, _ = stack(GGMLType.F32, 2, 16, 256)
+    x, out = inputs(2, 2, 16), np.empty((2, 2, 256), np.float32)
+    good = [19 * 2, 19, 512, 256]
+    for index, (bad, problem) in enumerate(
+        [(15, "token stride of x"), (-1, "batch stride"), (255, "token stride of out"), (255, "batch stride")]
+    ):
+        strides = [*good[:index], bad, *good[index + 1 :]]
+        with pytest.raises(ValueError, match=f"linear_transposed_batched: .*{problem}"):
+            cpu.linear_transposed_batched(
+                cpu.ThreadPool(1), matrix, address(x), 2, *strides[:2], address(out), *strides[2:]
+            )
+
+
+def test_an_optional_address_must_be_aligned_too() -> None:
+    x = np.zeros((1, 16), np.float32)
+    with pytest.raises(ValueError, match="`residual` is not aligned"):
+        cpu.rms_norm(cpu.ThreadPool(1), address(x), 1, 16, address(x), 1e-6, address(x) + 1, address(x))

@@ -99,3 +99,10 @@ def test_starts_and_stops_must_pair():
     first.stop()
     with pytest.raises(RuntimeError, match="does not record into it"):
         first.stop()
+
+
+def test_a_recording_that_is_dropped_records_no_more():
+    recording = cpu.Recording()
+    recording.start()
+    del recording
+    Program().record()

@@ -47,6 +47,17 @@ def test_pinned_workers(product: Callable[[cpu.ThreadPool], bytes]) -> None:
     assert os.sched_getaffinity(0) >= set(cores)  # the calling thread is left alone
 
 
+def test_workers_are_where_they_were_put() -> None:
+    cpus = cpu.physical_cores() * 3
+    pool = cpu.ThreadPool(len(cpus), cpus)
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if name.startswith("hybrid-cpu-"):
+            found[int(name.removeprefix("hybrid-cpu-"))] = os.sched_getaffinity(int(task.name))
+    assert {index: {cpus[index]} for index in range(1, pool.num_threads)}.items() <= found.items()
+
+
 def test_sleeping_workers_wake(product: Callable[[cpu.ThreadPool], bytes]) -> None:
     pool = cpu.ThreadPool(4)
     expected = product(pool)
