@@ -27,9 +27,10 @@ from hybrid.doctor import bandwidth
 from hybrid.engine.load import LoadedModel, LoadOptions, load
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
-from hybrid.gguf import GGUFFile
+from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.cost import run_tps
+from hybrid.placement.report import parts
 from hybrid.placement.roles import ROLES
 
 # Of a setup, what each row has its part of.
@@ -168,8 +169,8 @@ def prepare(
 
 def _active_bytes(loaded: LoadedModel, *roles: str) -> float:
     """Bytes of weights of these roles that a token reads, in the formats they are stored in."""
-    tensors = [tensor for tensor in loaded.header.tensors if tensor.share and tensor.role in roles]
-    return sum(t.active_bytes(part) for t in tensors for part in loaded.plan.placements[t.name].parts)
+    stored = parts(loaded.header, loaded.plan)
+    return sum(tensor.active_bytes(part) for tensor, part in stored if tensor.role in roles)
 
 
 def _predict(
@@ -178,10 +179,14 @@ def _predict(
     read_bandwidth: float,
     announce: Callable[[str], None],
 ) -> dict[str, float | None]:
-    """Measures the model's formats on this machine; tokens per second that follow for each test."""
+    """Measures the formats stored on the CPU; tokens per second that follow for each test."""
     found, model = loaded.plan, loaded.header
     if loaded.num_threads:
-        formats = dict.fromkeys(tensor.info.type for tensor in model.tensors if tensor.share and tensor.parts)
+        formats = dict.fromkeys(
+            tensor.info.type if part.format is None else GGMLType[part.format]
+            for tensor, part in parts(model, found)
+            if tensor.parts and part.device == "cpu"
+        )
         rates = calibrate(loaded.num_threads, read_bandwidth, formats, announce=announce)
         found = replace(found, machine=replace(found.machine, rates=rates, num_threads=loaded.num_threads))
     return {

@@ -238,6 +238,23 @@ def test_fewer_experts_are_stated_and_counted(tiny: Path, capsys: pytest.Capture
     assert ", experts per token 4, placement" in command(capsys, tiny, "-n", "0")
 
 
+def test_formats_made_while_loading_are_what_is_counted(
+    tiny: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "version: 1\nrules:\n  - {select: {role: routed_experts}, place: {device: cpu, format: Q8_0}}\n"
+    )
+    plain, wider = (
+        json.loads(command(capsys, tiny, "-o", "json", *more))[-1] for more in ((), ("--rules", str(rules)))
+    )
+    with GGUFFile.open(tiny) as file:
+        routed = [t for t in summarise(file).tensors if t.role == "routed_experts"]
+    grown = sum(t.active_parameters * 34 / 32 - t.active_bytes for t in routed)
+    assert grown > 0
+    assert wider["active_bytes"] == pytest.approx(plain["active_bytes"] + grown, abs=1)
+
+
 def test_experts_dropped_by_a_threshold_are_not_active_bytes() -> None:
     row = bench.make_row(bench.Workload(0, 128, 100), setup(), [10.0], experts_run=0.75)
     assert row["active_bytes"] == 600 - 400 // 4
