@@ -68,24 +68,19 @@ class Planner:
         self, file: GGUFFile, rules: Rules, machine: Machine, experts: ExpertUse | None = None
     ) -> None:
         self.rule_set = None if rules == AUTO else load_rules(rules)
-        self.experts = experts or ExpertUse()
-        self.model = read_model(file, self.experts.per_token)
-        self.machine = machine
+        self.experts = experts_of(experts or ExpertUse(), self.rule_set)
+        self.model, self.machine = read_model(file), machine
         selection, cache = Selection(), {}
         if self.rule_set is not None:
             self.machine = machine.with_rules(self.rule_set.budgets)
             selection, found = check(self.rule_set, file, self.model, self.machine)
             if found:
                 raise PlacementError(found[0])
-            self._take_experts(file, self.rule_set)
             cache = cache_bytes(self.model, self.rule_set)
+        if self.experts.per_token is not None:
+            self.model = read_model(file, self.experts.per_token)
         self.selection = selection
         self._placer = Placer(self.model, self.machine, selection, cache)
-
-    def _take_experts(self, file: GGUFFile, rule_set: RuleSet) -> None:
-        given, self.experts = self.experts, experts_of(self.experts, rule_set)
-        if self.experts.per_token != given.per_token:
-            self.model = read_model(file, self.experts.per_token)
 
     def plan(self, size: RunSize, *, fit: bool = False) -> Plan:
         """See `plan`."""

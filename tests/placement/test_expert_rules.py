@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from hybrid.config import ExpertUse
 from hybrid.errors import CapacityError, PlacementError
 from hybrid.gguf import TRAITS, GGMLType, GGUFFile
 from hybrid.placement.llamacpp import flags
@@ -252,3 +253,5 @@ def test_fewer_experts_for_a_token(tiny):
     assert (few.experts.per_token, few.experts.threshold) == (2, 0.5)
     share = next(t.share for t in few.model.tensors if t.name == GATE)
     assert share == 2 / 8
+    fewer = Planner(tiny, {"version": 1, "experts": {"per_token": 2}}, MACHINE, ExpertUse(1))
+    assert fewer.experts.per_token == 1  # what is asked for wins

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybrid.errors import PlacementError
-from hybrid.placement.rules import load_rules
-from hybrid.placement.rules.nodes import MAX_BYTES
+from hybrid.placement.rules import load_rules, shipped_names
+from hybrid.placement.rules.nodes import MAX_BYTES, Node, from_python, read_yaml
+from hybrid.placement.rules.parser import parse
 
 RULE = "version: 1\nrules:\n  - select: {%s}\n    place: {%s}\n"
 PLACE, SELECT = "device: cpu", "name: '*'"
@@ -354,8 +361,8 @@ WRONG = {
     ),
     "include missing": (
         "version: 1\ninclude: deepseek-v9\n",
-        "rules.yaml:2:10: include: 'deepseek-v9': no such file, and of the shipped ones "
-        "there are all-cpu, default",
+        "rules.yaml:2:10: include: 'deepseek-v9': no such file, and of the shipped ones there are "
+        f"{', '.join(shipped_names())}; did you mean 'deepseek-v3'?",
     ),
     "include itself": (
         "version: 1\ninclude: rules.yaml\n",
@@ -445,3 +452,95 @@ def test_a_dict_that_holds_itself() -> None:
     rules["rules"] = [rules]
     with pytest.raises(PlacementError, match="nested deeper than 16 levels"):
         load_rules(rules)
+
+
+SCHEMA = json.loads((resources.files("hybrid.rules") / "schema.json").read_text(encoding="utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+# What a schema cannot say: text that is no YAML, order within a range, files, expressions.
+BEYOND_A_SCHEMA = {"layers descend", "regex", "regex that explodes", "include missing", "include itself",
+                   "include no file"}  # fmt: skip
+
+
+def plain(node: Node) -> Any:
+    """What an editor checks with the schema."""
+    if isinstance(node.value, dict):
+        return {key: plain(entry.node) for key, entry in node.value.items()}
+    return [plain(item) for item in node.value] if isinstance(node.value, tuple) else node.value
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_schema_refuses_the_same_files(case: str) -> None:
+    try:
+        node = read_yaml(WRONG[case][0].encode(), "rules.yaml")
+    except PlacementError:
+        return  # no value for a schema to check
+    assert VALIDATOR.is_valid(plain(node)) == (case in BEYOND_A_SCHEMA)
+
+
+TEXT = st.sampled_from(
+    ["", "x", "blk.*", "cpu", "cuda:0", "Q4_K", "attention", "fill", "8GiB", "f16", "none"]
+)
+DEVICE = st.sampled_from(["cpu", "cuda:0", "fake:1", "cuda:100", "CPU", "cuda", 0, None])
+RANGE = st.sampled_from([0, 7, 9999, 10000, -1, 2.0, 2.5, True, None, "3", "3-60", "3 - 60, 9", "1 2", "0,8-",
+                         "-1", "a", "3-", "12345", ""])  # fmt: skip
+SIZE = st.sampled_from(
+    ["8GiB", "22.5 GB", "1B", "1KB", "1kB", "8", 8, "8gb", "fill", "-1GiB", "1M", "1.GiB", "1e3M"]
+)
+NUMBER = st.sampled_from([0, 1, 2, 0.5, 1.0, 1.5, 10**10, True, "1", None, float("inf")])
+
+
+def some(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional={**keys, "odd": st.none()}).map(
+        lambda found: {key: value for key, value in found.items() if key != "odd" or len(found) == 1}
+    )
+
+
+def one_or_several(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return items | st.lists(items, max_size=2)
+
+
+ROLE = st.sampled_from(["attention", "routed_experts", "experts", "", 3])
+SELECT = some(
+    role=one_or_several(ROLE), layers=one_or_several(RANGE), experts=one_or_several(RANGE), name=TEXT
+)
+PLACING = st.fixed_dictionaries(
+    {"device": DEVICE},
+    optional={
+        "numa": st.sampled_from(["auto", "none", "shard", "node:1", "node:", "off", 1]),
+        "format": st.sampled_from(["Q4_K", "q4_k", "F32", "IQ2_XXS", None]),
+        "backend": st.sampled_from(["cpu", "cuda", "fake", "triton"]),
+    },
+)
+RULES = st.fixed_dictionaries(
+    {"select": SELECT, "place": PLACING}, optional={"optional": st.sampled_from([True, False, "yes", 1])}
+)
+CACHE = st.fixed_dictionaries(
+    {"device": DEVICE, "bytes": SIZE},
+    optional={"policy": st.sampled_from(["static", "dynamic", "lru"]), "profile": TEXT},
+)
+FILES = st.fixed_dictionaries(
+    {"version": st.sampled_from([1, 1, 1, 1.0, 2, "1", True])},
+    optional={
+        "architecture": one_or_several(TEXT),
+        "complete": st.sampled_from([True, False, "true", 0]),
+        "rules": st.lists(RULES, max_size=2),
+        "experts": some(per_token=NUMBER, threshold=NUMBER, cache=CACHE),
+        "kv_cache": some(device=DEVICE, format=TEXT, max_tokens=NUMBER),
+        "budget": st.dictionaries(st.sampled_from(["cpu", "cuda:0", "gpu"]), SIZE, max_size=2),
+    },
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(FILES)
+def test_schema_and_parser_agree(data: dict[str, Any]) -> None:
+    try:
+        parse(from_python(data), "<rules>")
+        accepted = True
+    except PlacementError:
+        accepted = False
+    assert VALIDATOR.is_valid(data) == accepted

@@ -33,10 +33,13 @@ def problems(rule_set: RuleSet, selection: Selection, subject: Subject) -> Itera
     """Messages that begin with a place, those that explain others first."""
     yield from _architecture(rule_set, subject)
     yield from _devices(rule_set, subject.machine)
-    for rule, matched in zip(rule_set.rules, selection.matched, strict=True):
+    pairs = list(zip(rule_set.rules, selection.matched, strict=True))
+    # A flag may stand for several rules.
+    useful = {rule.origin for rule, matched in pairs if matched}
+    for rule, matched in pairs:
         outside = [] if rule.optional else list(_outside(rule, subject))
         yield from outside
-        if not matched and not outside and not rule.optional:
+        if rule.origin not in useful and not outside and not rule.optional:
             why = _why_nothing(rule, subject)
             yield f"{rule.origin}: this rule matches no tensor of {subject.file}: {why}"
     yield from _shadowed(rule_set, selection)
@@ -120,13 +123,12 @@ def _why_nothing(rule: Rule, subject: Subject) -> str:
 
 
 def _shadowed(rule_set: RuleSet, selection: Selection) -> Iterator[str]:
-    deciding = {id(claim.rule) for claims in selection.claims.values() for claim in claims}
+    deciding = {claim.rule.origin for claims in selection.claims.values() for claim in claims}
     for rule, matched in zip(rule_set.rules, selection.matched, strict=True):
-        if not matched or id(rule) in deciding:
+        if not matched or rule.origin in deciding:
             continue
-        takers = {
-            id(claim.rule): claim.rule for name in sorted(matched) for claim in selection.claims[name]
-        }.values()
+        claims = (claim for name in sorted(matched) for claim in selection.claims[name])
+        takers = {claim.rule.origin: claim.rule for claim in claims}.values()
         # Overriding an included rule is what including is for.
         if all(taker.depth >= rule.depth for taker in takers):
             yield (

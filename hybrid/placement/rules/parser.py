@@ -98,7 +98,7 @@ def _rule(node: Node) -> Rule:
         layers=_optional(select, "layers", lambda n: _ranges(n, "layers")),
         experts=_optional(select, "experts", lambda n: _ranges(n, "experts")),
         name=_optional(select, "name", lambda n: text(n, "name")),
-        regex=_optional(select, "regex", _regex),
+        regex=_optional(select, "regex", regular_expression),
         format=_optional(place, "format", lambda n: one_of(n, "format", FORMATS)),
         numa=_optional(place, "numa", lambda n: _numa(n, device)) or "auto",
         backend=_optional(place, "backend", lambda n: _backend(n, device)),
@@ -129,7 +129,8 @@ def _ranges(node: Node, what: str) -> Ranges:
     return Ranges(tuple(spans)) if spans else fail(node.where, f"{what}: expected at least one, found none")
 
 
-def _regex(node: Node) -> str:
+def regular_expression(node: Node) -> str:
+    """One that compiles, and does so soon."""
     pattern = text(node, "regex")
     counts = prod(min(int(count), _MAX_EXPANDED) or 1 for count in _COUNTS.findall(pattern))
     if len(pattern) * counts > _MAX_EXPANDED:

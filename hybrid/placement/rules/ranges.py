@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_NUMBER = 9999
-_TEXT = re.compile(r"[0-9]{1,4}(-([0-9]{1,4})?)?(,[0-9]{1,4}(-([0-9]{1,4})?)?)*")
+_ITEM = r" *[0-9]{1,4} *(- *([0-9]{1,4} *)?)?"
+_TEXT = re.compile(f"{_ITEM}(,{_ITEM})*")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,10 @@ def parse_ranges(text: str) -> Ranges:
     Raises:
         ValueError: malformed, or a range descends.
     """
-    compact = text.replace(" ", "")
-    if not _TEXT.fullmatch(compact):
+    if not _TEXT.fullmatch(text):
         raise ValueError("expected numbers and ranges such as 3-60 or 0,8-")
     spans = []
-    for piece in compact.split(","):
+    for piece in text.replace(" ", "").split(","):
         first, dash, last = piece.partition("-")
         end = None if dash and not last else int(last or first)
         if end is not None and end < int(first):
