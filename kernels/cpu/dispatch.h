@@ -28,10 +28,12 @@ struct IsaKernels {
   const KernelRow* rows;
   int num_rows;
   QuantizeRow quantize_row;
-  // Multiplies int8 from registers and the first-level cache, as fast as may be, kMacsPerRound at a time.
+  // Int8 products as fast as may be, from the first-level cache; the result means nothing.
   int32_t (*multiply_bytes)(int64_t num_rounds);
+  int64_t macs_per_round;
 };
-inline constexpr int64_t kMacsPerRound = 12 * kGroupRows * 4;
+inline constexpr int64_t kMacsPerWord = 6 * 8 * 4;  // of a lane in a round
+
 extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvx512Vnni;
 
 const IsaKernels& kernels_of(Isa isa);

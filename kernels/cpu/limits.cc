@@ -95,7 +95,7 @@ double measure_int8_rate(ThreadPool& pool, double seconds) {
     passes.push_back(seconds_since(start));
   } while (seconds_since(begin) < seconds);
   std::nth_element(passes.begin(), passes.begin() + static_cast<std::ptrdiff_t>(passes.size() / 2), passes.end());
-  return static_cast<double>(2 * kMacsPerRound * kRounds * threads) / passes[passes.size() / 2];
+  return static_cast<double>(2 * kernels.macs_per_round * kRounds * threads) / passes[passes.size() / 2];
 }
 
 }  // namespace hybrid

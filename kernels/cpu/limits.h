@@ -10,8 +10,8 @@ namespace hybrid {
 // read loops, each run for a share of `seconds` over `bytes` of memory.
 double measure_read_bandwidth(ThreadPool& pool, int64_t bytes, double seconds, int num_threads);
 
-// Operations a second (a product and a sum are two) of int8 products by all threads, of the current ISA, from
-// registers: the median of passes over `seconds`.
+// Operations a second (a product and a sum are two) of int8 products alone, by all threads with the current ISA:
+// the median of passes over `seconds`.
 double measure_int8_rate(ThreadPool& pool, double seconds);
 
 }  // namespace hybrid
