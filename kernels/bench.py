@@ -10,10 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from hybrid.kernels import cpu
+
+if TYPE_CHECKING:
+    from hybrid.kernels.cpu._cpu import KernelRow
 
 TOKENS = (1, 4, 48)  # one sequence, a few, an expert's share of a prompt
 _ROWS, _COLS = 1408, 2048  # an expert of DeepSeek-V2-Lite; padded to whole blocks of every format
@@ -87,7 +91,7 @@ def bench_kernels(
 def _bench_row(
     pool: cpu.ThreadPool,
     limits: Limits,
-    row: cpu.KernelRow,
+    row: KernelRow,
     random_rows: RandomRows,
     tokens: Sequence[int],
 ) -> Iterator[KernelResult]:
@@ -113,7 +117,7 @@ def _bench_row(
 
 
 def _check(
-    pool: cpu.ThreadPool, row: cpu.KernelRow, matrix: cpu.PackedMatrix, x: npt.NDArray[np.float32]
+    pool: cpu.ThreadPool, row: KernelRow, matrix: cpu.PackedMatrix, x: npt.NDArray[np.float32]
 ) -> float:
     """The error of a product, checked against one in float64 of the same weights and rounded activations."""
     ids = np.arange(matrix.rows, dtype=np.int32)
