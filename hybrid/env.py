@@ -125,7 +125,17 @@ VARIABLES: dict[str, EnvVar] = {
     # Models and the machine.
     "HYBRID_MODEL": EnvVar(str, "a GGUF path, or demo", "model: a GGUF file, or demo"),
     "HYBRID_RULES": EnvVar(
-        str, "a YAML file or a shipped name", "placement rules: auto, default, all-cpu or a YAML file"
+        str,
+        "a YAML file or a shipped name",
+        "placement rules: auto, a YAML file or a name that `hybrid rules list` shows",
+    ),
+    "HYBRID_OVERRIDE_TENSOR": EnvVar(
+        str, "REGEX=DEVICE", "place tensors whose name has this regex, as in exps=CPU; may be given again"
+    ),
+    "HYBRID_CPU_MOE": EnvVar(boolean, _SWITCH, "keep all routed experts on the CPU"),
+    "HYBRID_N_CPU_MOE": EnvVar(integer(0), "an integer >= 0", "keep those of the first N layers on the CPU"),
+    "HYBRID_N_GPU_LAYERS": EnvVar(
+        integer(0), "an integer >= 0", "the output and the layers before it, N in all, on the GPU, others not"
     ),
     "HYBRID_CTX_SIZE": EnvVar(
         integer(0), "an integer >= 0", "context tokens; 0 = the model's own (default: that, at most 8192)"

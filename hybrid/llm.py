@@ -16,6 +16,7 @@ from hybrid.engine.requests import Request, Requests, TokenStream
 from hybrid.errors import RequestError
 from hybrid.outputs import RequestOutput
 from hybrid.placement.planner import Plan
+from hybrid.placement.rules import Rules
 from hybrid.sampling_params import SamplingParams
 from hybrid.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path | None = None,
-        rules: str | Path | dict[str, Any] = "auto",
+        rules: Rules = "auto",
         max_model_len: int | None = None,
         *,
         num_threads: int | None = None,

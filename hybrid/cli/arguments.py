@@ -12,8 +12,12 @@ from hybrid.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
+    from hybrid.gguf import GGUFFile
     from hybrid.llm import LLM
+    from hybrid.placement.machine import Machine
+    from hybrid.placement.rules import Rules
     from hybrid.sampling_params import SamplingParams
 
 
@@ -129,10 +133,52 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "-ctk", "--cache-type-k", "--kv-format")
     flag(group, "-t", "--threads")
     flag(group, "--isa")
-    flag(group, "--rules", default="auto")
+    add_rules(group)
     flag(group, "--ram")
     flag(group, "--fit")
     add_experts(group)
+
+
+def add_rules(group: argparse._ActionsContainer) -> None:
+    """Flags that `rules_of` reads: rules, and what llama.cpp calls by short names."""
+    flag(group, "--rules", default="auto")
+    flag(group, "-ot", "--override-tensor", action=Extend, metavar="REGEX=DEVICE")
+    flag(group, "-cmoe", "--cpu-moe")
+    flag(group, "-ncmoe", "--n-cpu-moe", metavar="N")
+    flag(group, "-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N")
+
+
+def rules_of(args: argparse.Namespace, file: GGUFFile, machine: Machine | None = None) -> Rules:
+    """The rules that the flags of `add_rules` mean for a model and a machine, this one if none is given.
+
+    Raises:
+        PlacementError: a flag is malformed, or contradicts the rules or the machine.
+    """
+    from hybrid.placement.rules.flags import PlacementFlags, with_flags
+
+    overrides = args.override_tensor
+    flags = PlacementFlags(
+        (overrides,) if isinstance(overrides, str) else tuple(overrides or ()),
+        args.cpu_moe,
+        args.n_cpu_moe,
+        args.n_gpu_layers,
+    )
+    if flags.given and machine is None:
+        from hybrid.calibration import this_machine
+
+        machine = this_machine()
+    num_layers = file.get(f"{file.architecture}.block_count", int, default=0)
+    gpus = () if machine is None else tuple(gpu.name for gpu in machine.gpus)
+    return with_flags(args.rules, flags, num_layers, gpus)
+
+
+def rules_for(args: argparse.Namespace, model: str | Path | None) -> Rules:
+    """`rules_of` for a model's file on this machine."""
+    from hybrid.config import model_path
+    from hybrid.gguf import GGUFFile
+
+    with GGUFFile.open(model_path(model)) as file:
+        return rules_of(args, file)
 
 
 def add_experts(group: argparse._ActionsContainer) -> None:
@@ -162,10 +208,7 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
 
     Shows a progress bar while it loads if stderr is a terminal.
     """
-    from hybrid.config import model_path
-    from hybrid.gguf import GGUFFile
-
-    GGUFFile.open(model_path(args.model)).close()  # a bad file is told before torch is loaded
+    rules = rules_for(args, args.model)  # a bad file is told before torch is loaded
 
     from tqdm import tqdm
 
@@ -179,7 +222,7 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
 
         return LLM(
             args.model,
-            args.rules,
+            rules,
             args.ctx_size,
             num_threads=args.threads,
             isa=args.isa,

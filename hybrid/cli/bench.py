@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-ub", "--ubatch-size", default=_DEFAULT_UBATCH)
     arguments.flag(parser, "-o", "--output", default="md", choices=tuple(_PRINTERS))
     group = parser.add_argument_group("machine")
-    arguments.flag(group, "-ctk", "--cache-type-k", "--kv-format", default="f16")
+    arguments.flag(group, "-ctk", "--cache-type-k", "--kv-format")
     arguments.flag(group, "-t", "--threads")
     arguments.flag(group, "--isa")
-    arguments.flag(group, "--rules", default="auto")
+    arguments.add_rules(group)
     arguments.add_experts(group)
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     tests = list_tests(args.n_prompt, args.n_gen, args.n_depth)
     options = LoadOptions(
-        rules=args.rules,
+        rules=arguments.rules_for(args, args.model),
         num_threads=args.threads,
         isa=args.isa,
         kv_format=args.kv_format,

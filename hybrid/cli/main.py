@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "hybrid.cli.run",
     "chat": "hybrid.cli.chat",
     "plan": "hybrid.cli.plan",
+    "rules": "hybrid.cli.rules",
     "inspect": "hybrid.cli.inspect",
     "bench": "hybrid.cli.bench",
     "perplexity": "hybrid.cli.perplexity",

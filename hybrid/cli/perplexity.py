@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(text_path)
     n_ctx = args.ctx_size or _DEFAULT_CONTEXT
     options = LoadOptions(
-        args.rules,
+        arguments.rules_for(args, model),
         n_ctx,
         args.threads,
         args.isa,

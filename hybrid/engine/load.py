@@ -23,7 +23,7 @@ from hybrid.models.registry import family_of
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, RunSize
 from hybrid.placement.planner import Plan, Planner
-from hybrid.placement.rules import RuleSet
+from hybrid.placement.rules import Rules, RuleSet
 from hybrid.placement.settings import context_of, kv_format_of
 from hybrid.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ class LoadOptions:
         ConfigError: a value is of the wrong type or unknown.
     """
 
-    rules: str | Path | dict[str, Any] = "auto"
+    rules: Rules = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
     isa: str | None = None

@@ -36,7 +36,7 @@ def problems(rule_set: RuleSet, selection: Selection, subject: Subject) -> Itera
     pairs = list(zip(rule_set.rules, selection.matched, strict=True))
     # A flag may stand for several rules.
     useful = {rule.origin for rule, matched in pairs if matched}
-    for rule, matched in pairs:
+    for rule in rule_set.rules:
         outside = [] if rule.optional else list(_outside(rule, subject))
         yield from outside
         if rule.origin not in useful and not outside and not rule.optional:
