@@ -19,6 +19,7 @@ from hybrid.gguf.types import TRAITS, GGMLType
 
 _STEP_BYTES = 8 << 20
 _F16_EXPONENT, _BF16_EXPONENT, _F32_EXPONENT = 0x7C00, 0x7F80, 0x7F800000
+_F64_EXPONENT = 0x7FF0 << 48
 _MXFP4_NAN = 0xFF  # e8m0 in the OCP Microscaling specification
 
 Bad = npt.NDArray[np.bool_]
@@ -110,8 +111,13 @@ def _bf16_bad(blocks: U8) -> Bad:
     return _all_ones(blocks.view(np.uint16)[:, 0], _BF16_EXPONENT)
 
 
+def _f64_bad(blocks: U8) -> Bad:
+    return _all_ones(blocks.view(np.uint64)[:, 0], _F64_EXPONENT)
+
+
 # Types that are missing here have no field that could be NaN, or no decoder.
 _BAD_BLOCKS: dict[GGMLType, Callable[[U8], Bad]] = {
+    GGMLType.F64: _f64_bad,
     GGMLType.F32: _f32_bad,
     GGMLType.F16: _f16_bad((0,)),
     GGMLType.BF16: _bf16_bad,

@@ -12,7 +12,6 @@ GIB = 1 << 30
 # What is left to the system and to this process's own libraries where a budget is not given but is the
 # memory that is free.
 RAM_MARGIN_BYTES = GIB // 2
-VRAM_MARGIN_BYTES = GIB // 2
 
 # Bytes per second where neither measured nor given: two channels of DDR5 at 80 % of 83 GB/s, an RTX 3090,
 # PCIe 4.0 x16.

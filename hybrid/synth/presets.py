@@ -30,7 +30,7 @@ class VocabularyShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A `deepseek2` model. Names are those of the Hugging Face configuration; ``q_lora_rank`` 0 = none."""
+    """A `deepseek2` model. ``q_lora_rank`` 0 = none."""
 
     name: str
     vocabulary: VocabularyShape
@@ -151,9 +151,6 @@ def resolve_shape(
     moe_intermediate_size: int | None = None,
 ) -> ModelShape:
     """A preset with some of its numbers replaced.
-
-    With fewer experts than the preset's, groups shrink to what divides the experts, and a token
-    still takes as many experts as there are at most.
 
     Raises:
         ConfigError: unknown preset, or numbers that make no model.

@@ -73,3 +73,11 @@ def test_hostile_22_hole_in_a_sparse_file(tmp_path: Path) -> None:
 def test_zero_vectors_are_fine(tmp_path: Path) -> None:
     with GGUFFile.open(write(tmp_path / "m.gguf", np.zeros(64, np.float32), GGMLType.F32, (64,))) as file:
         assert list(check_tensors(file)) == []
+
+
+def test_double_precision(tmp_path):
+    values = np.ones((1, 32))
+    for bad in (np.nan, -np.inf):
+        values[0, 7] = bad
+        with GGUFFile.open(write(tmp_path / "m.gguf", values.view(np.uint8), GGMLType.F64, (1, 32))) as file:
+            assert [problem.tensor for problem in check_tensors(file)] == ["t"]
