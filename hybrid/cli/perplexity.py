@@ -42,10 +42,9 @@ def run(args: argparse.Namespace) -> int:
 
     model, text_path = _inputs(args)
     text = read_text(text_path)
-    n_ctx = args.ctx_size or _DEFAULT_CONTEXT
     options = LoadOptions(
         arguments.rules_for(args, model),
-        n_ctx,
+        _DEFAULT_CONTEXT if args.ctx_size is None else args.ctx_size,
         args.threads,
         args.isa,
         args.kv_format,
@@ -57,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     with byte_progress("loading") as progress:
         loaded = load(model, options, progress)
     try:
-        tokenizer = loaded.tokenizer
+        size = loaded.plan.size
+        n_ctx, tokenizer = size.max_model_len, loaded.tokenizer
         bos_id = tokenizer.bos_id if tokenizer.add_bos else None
         ids = tokenizer.encode(text, add_special=False)
         windows = cut_windows(ids if bos_id is None else [bos_id, *ids], n_ctx, bos_id, args.chunks)
-        source = SingleSequence(loaded.engine.model, n_ctx)
+        source = SingleSequence(loaded.engine.model, n_ctx, size.max_num_batched_tokens)
         with status_line() as show:
             for estimate in evaluate(source, windows, base=args.kl_base, save=args.save_logprobs):
                 show(_running(estimate))

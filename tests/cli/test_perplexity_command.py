@@ -110,3 +110,13 @@ def test_failures_are_one_line(
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_windows_are_of_the_context_that_is_there(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model's own with ``-c 0``, and what fits with ``--fit``."""
+    long = text.parent / "long.txt"
+    long.write_text(text.read_text() * 20)
+    for options, expected in ((["-c", "0"], 2048), (["-c", "2048", "--ram", "20MiB", "--fit"], None)):
+        assert main(["perplexity", str(long), "--chunks", "1", "-o", "json", *options]) == 0
+        found = json.loads(capsys.readouterr().out)["n_ctx"]
+        assert found == expected if expected else 64 <= found < 2048
