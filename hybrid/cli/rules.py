@@ -28,18 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands.add_parser("list", help="list the shipped rules", allow_abbrev=False)
     show = commands.add_parser("show", help="print a shipped file", allow_abbrev=False)
     show.add_argument("name", metavar="NAME", help="its name, as list prints it")
+    schema = commands.add_parser(
+        "schema", help="write the JSON Schema of the language, for editors", allow_abbrev=False
+    )
     init = commands.add_parser(
         "init", help="write the plan that auto makes for a model as rules", allow_abbrev=False
     )
     init.add_argument("file", metavar="MODEL", help="a GGUF file, or demo; a header will do")
-    arguments.flag(init, "-o", "--out")
-    arguments.flag(init, "-f", "--force")
+    for command in (schema, init):
+        arguments.flag(command, "-o", "--out")
+        arguments.flag(command, "-f", "--force")
     arguments.flag(init, "-c", "--ctx-size")
     add_machine(init)
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"check": _check, "list": _list, "show": _show, "init": _init}[args.action](args)
+    actions = {"check": _check, "list": _list, "show": _show, "schema": _schema, "init": _init}
+    return actions[args.action](args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -59,6 +64,30 @@ def _show(args: argparse.Namespace) -> int:
 
     print(shipped_text(args.name), end="")
     return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from importlib import resources
+
+    text = (resources.files("hybrid.rules") / "schema.json").read_text(encoding="utf-8")
+    _write(_target(args), text, "the schema of rule files")
+    return 0
+
+
+def _target(args: argparse.Namespace) -> Path | None:
+    """The file that ``-o`` names, which may be written."""
+    target = None if args.out is None else Path(args.out)
+    if target is not None and target.exists() and not args.force:
+        raise ConfigError(f"{target} exists; use --force to overwrite it")
+    return target
+
+
+def _write(target: Path | None, text: str, what: str) -> None:
+    if target is None:
+        print(text, end="")
+    else:
+        target.write_text(text, encoding="utf-8")
+        print(f"{target}: {what}")
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -105,19 +134,14 @@ def _init(args: argparse.Namespace) -> int:
     from hybrid.placement.rules.writing import rule_file
     from hybrid.placement.settings import context_of
 
-    target = None if args.out is None else Path(args.out)
-    if target is not None and target.exists() and not args.force:
-        raise ConfigError(f"{target} exists; use --force to overwrite it")
+    target = _target(args)
     with GGUFFile.open(model_path(args.file), header_only=True) as file:
         planner = Planner(file, "auto", machine_of(args))
         context = context_of(args.ctx_size, None, planner.model.dims.context_length or 0)
         found = planner.plan(RunSize(context) if context else RunSize())
         text = rule_file(planner.model, found, file.path.name, file.architecture)
-    if target is None:
-        print(text, end="")
-    else:
-        target.write_text(text, encoding="utf-8")
-        print(f"{target}: {_count(text.count('- select:'), 'rule')}; change it and run with --rules {target}")
+    number = _count(text.count("- select:"), "rule")
+    _write(target, text, f"{number}; change it and run with --rules {target}")
     return 0
 
 
