@@ -40,6 +40,14 @@ class Dimensions:
         return self.head_dim - self.rope_dim
 
 
+def _most_kv_heads(file: GGUFFile, heads: int) -> int:
+    """Of the layer that has most, where the header lists them; as many as query heads if it is silent."""
+    found = file.metadata.get(f"{file.architecture}.attention.head_count_kv")
+    if isinstance(found, np.ndarray):
+        return int(found.max(initial=0))
+    return file.get(f"{file.architecture}.attention.head_count_kv", int, default=heads)
+
+
 def read_dimensions(file: GGUFFile) -> Dimensions:
     """Sizes as the tensors' shapes tell them; metadata where they do not.
 
@@ -63,13 +71,15 @@ def read_dimensions(file: GGUFFile) -> Dimensions:
     experts = shapes.get("ffn_down_exps", (0, 0, 0))
     head_dim = q_rows // heads if heads else 0
     v_dim = _first(shapes, "attn_output", 1) // heads if heads else 0
-    kv_heads = key("attention.head_count_kv")
-    plain_cache = kv_heads * (key("attention.key_length") + key("attention.value_length"))
+    hidden = _first(shapes, "token_embd", 1)
+    default_dim = hidden // heads if heads else 0
+    widths = [key(f"attention.{name}_length") or default_dim for name in ("key", "value")]
+    plain_cache = _most_kv_heads(file, heads) * sum(widths)
     return Dimensions(
         layers=tuple(sorted(i for i in found if i is not None and (i < num_layers or not num_layers))),
         context_length=key("context_length"),
         vocab_size=_first(shapes, "token_embd", 0),
-        hidden_size=_first(shapes, "token_embd", 1),
+        hidden_size=hidden,
         num_heads=heads,
         head_dim=head_dim,
         v_head_dim=v_dim,
