@@ -162,7 +162,7 @@ def _map(model: Model, plan: Plan, colours: dict[str, str]) -> str:
 
 def _cell(x: float, y: int, tensor: Tensor, placement: Placement, colour: str, opacity: float) -> str:
     words = (
-        f"{tensor.name}: {placement.device} by {placement.rule}, "
+        f"{tensor.name}: {placement} by {placement.rule}, "
         f"{placement.format or tensor.info.type.name}, {format_bytes(placement.n_bytes)}"
     )
     return (

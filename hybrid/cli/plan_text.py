@@ -40,7 +40,7 @@ def machine_line(plan: Plan) -> str:
     machine = plan.machine
     kind = "an imagined machine" if machine.imagined else "this machine"
     nodes = f", {machine.num_nodes} NUMA nodes" if machine.num_nodes > 1 else ""
-    modes = {p.numa for p in plan.placements.values() if p.device == "cpu" and p.numa != "none"}
+    modes = {part.numa for placement in plan.placements.values() for part in placement.parts} - {"none"}
     copies = f" ({'+'.join(sorted(modes))})" if modes else ""
     return f"{kind}: {machine.num_threads} threads, {machine.isa}{nodes}{copies}"
 

@@ -75,7 +75,8 @@ class Planner:
             self.machine = machine.with_rules(self.rule_set.budgets)
             selection, found = check(self.rule_set, file, self.model, self.machine)
             if found:
-                raise PlacementError(found[0])
+                more = f" ({len(found) - 1} more: `hybrid rules check` tells all)" if len(found) > 1 else ""
+                raise PlacementError(found[0] + more)
             cache = cache_bytes(self.model, self.rule_set)
         if self.experts.per_token is not None:
             self.model = read_model(file, self.experts.per_token)

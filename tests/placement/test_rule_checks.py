@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
-from hybrid.errors import PlacementError
+from hybrid.errors import CapacityError, PlacementError
 from hybrid.gguf import GGMLType, GGUFFile
+from hybrid.moe.groups import group_experts
 from hybrid.placement.machine import GIB, Device, Machine
-from hybrid.placement.planner import plan
+from hybrid.placement.memory import RunSize
+from hybrid.placement.planner import Planner, plan
+from hybrid.placement.roles import ROLES
 from hybrid.synth import Formats, resolve_shape, synthesise
 
 MACHINE = Machine((Device("cpu", 64 * GIB), Device("cuda:0", 8 * GIB)), num_nodes=2, num_threads=4)
@@ -235,3 +241,62 @@ def test_open_ranges_go_to_the_end(tiny, tmp_path):
     path.write_text("version: 1\nrules:\n" + rule("layers: 2-", "device: fake:0"))
     placements = plan(tiny, path, machine=MACHINE).placements
     assert {name.split(".")[1] for name, p in placements.items() if p.device == "fake:0"} == {"2"}
+
+
+ROLE = st.sampled_from([*ROLES, ["attention", "norm"]])
+LAYERS = st.sampled_from([0, 1, "1-2", "0-", "2,1", 3])
+EXPERTS = st.sampled_from([0, "0-3", "4-", "2-5", "0-7", 8])
+NAMES = st.sampled_from(["*", "blk.1.*", "*gate_exps*", "output*", "*.attn_*", "x"])
+SELECTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": ROLE,
+        "layers": LAYERS,
+        "experts": EXPERTS,
+        "name": NAMES,
+        "regex": NAMES.map(lambda name: name.strip("*.")).filter(bool).map(re.escape),
+    },
+).filter(bool)
+PLACES = st.fixed_dictionaries(
+    {"device": st.sampled_from(["cpu", "cpu", "cuda:0", "fake:0"])},
+    optional={"format": st.sampled_from(["Q8_0", "Q4_K", "F32", "Q4_1"])},
+)
+RULES = st.fixed_dictionaries({"select": SELECTS, "place": PLACES}, optional={"optional": st.just(True)})
+FILES = st.fixed_dictionaries(
+    {"version": st.just(1), "rules": st.lists(RULES, max_size=5)},
+    optional={
+        "complete": st.booleans(),
+        "experts": st.just({"cache": {"device": "cuda:0", "bytes": "fill"}}),
+        "budget": st.just({"cuda:0": "4GiB"}),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(FILES)
+def test_rules_are_refused_or_place_every_byte_once(tiny, data):
+    try:
+        planner = Planner(tiny, data, MACHINE)
+        found = planner.plan(RunSize(512))
+    except (PlacementError, CapacityError):
+        event("refused")
+        return
+    event("planned")
+    for tensor in planner.model.tensors:
+        placement = found.placements[tensor.name]
+        assert placement.n_bytes == sum(part.n_bytes for part in placement.parts)
+        for part in placement.parts:
+            kind, format_ = part.device.split(":")[0], None if part.format is None else GGMLType[part.format]
+            count = None if part.experts is None else len(part.experts)
+            assert part.n_bytes == tensor.bytes_on(kind, format_, count)
+        if placement.shares:
+            experts = [expert for share in placement.shares for expert in share.experts]
+            assert sorted(experts) == list(range(8))
+            group_experts({tensor.name: placement}, 8)
+    for layer in (1, 2):
+        names = [f"blk.{layer}.ffn_{kind}_exps.weight" for kind in ("gate", "up", "down")]
+        group_experts({name: found.placements[name] for name in names}, 8)  # or it could not be loaded
+    for memory in found.memory.values():
+        assert memory.weights_bytes == found.bytes_on(memory.device)
+        assert memory.budget_bytes is None or memory.total_bytes <= memory.budget_bytes
+    assert found.prediction.decode_tps > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from pathlib import Path
 
@@ -192,6 +193,32 @@ def test_a_circle_of_files(tmp_path):
         PlacementError, match=r"b\.yaml:2:10: include: 'a\.yaml' includes itself: .*a\.yaml -> "
     ):
         load(tmp_path, "version: 1\ninclude: b.yaml\n", "a.yaml")
+
+
+def test_a_long_chain_of_files(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.yaml").write_text(f"version: 1\ninclude: {number + 1}.yaml\n")
+    with pytest.raises(PlacementError, match=r"16\.yaml:2:10: include: more than 16 files"):
+        load_rules(tmp_path / "0.yaml")
+
+
+@given(
+    st.text(min_size=1)
+    | st.sampled_from(["\0", "\ud800", "a" * 900, "a/" * 400, "..", "/", "~", "loop.yaml"])
+)
+def test_any_name_to_include_is_there_or_refused(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("include")
+    (folder / "loop.yaml").symlink_to("loop.yaml")
+    rules = folder / "rules.yaml"
+    rules.write_text("version: 1\ninclude: " + json.dumps(name), encoding="utf-8")
+    with contextlib.suppress(PlacementError):
+        load_rules(rules)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "\0", "\ud800.yaml", "a" * 5000])
+def test_odd_names_of_rules(name):
+    with pytest.raises(PlacementError):
+        load_rules(name)
 
 
 WORDS = st.sampled_from(

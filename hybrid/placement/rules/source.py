@@ -17,7 +17,8 @@ from hybrid.placement.rules.values import listed, nearest, text
 Rules = str | Path | dict[str, Any] | RuleSet
 
 AUTO = "auto"
-_NAME = re.compile(r"[a-z0-9-]+")
+_NAME = re.compile(r"[a-z0-9-]{1,100}")
+_MAX_INCLUDES = 16
 
 
 def load_rules(rules: Rules) -> RuleSet:
@@ -66,15 +67,16 @@ def _shipped(name: str, asked: str, besides: str, above: tuple[str, ...]) -> Rul
     return _complete(parse(read_yaml(file.read_bytes(), file.name), file.name), None, (*above, file.name))
 
 
-def _file(path: Path, source: str, above: tuple[str, ...]) -> RuleSet:
+def _file(path: Path, source: str, above: tuple[str, ...], asked: str = "") -> RuleSet:
+    """``asked``: what goes before the message where there is nothing to read."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        fail(source, "no such rule file; `hybrid rules list` names the shipped ones")
+        fail(asked + source, "no such rule file; `hybrid rules list` names the shipped ones")
     except (OSError, ValueError) as error:
-        fail(source, f"cannot read the rules: {getattr(error, 'strerror', None) or error}")
-    return _complete(parse(read_yaml(data, source), source), path.parent, (*above, str(path.resolve())))
+        fail(asked + source, f"cannot read the rules: {getattr(error, 'strerror', None) or error}")
+    return _complete(parse(read_yaml(data, source), source), path.parent, (*above, _identity(path)))
 
 
 def _complete(document: Document, folder: Path | None, above: tuple[str, ...]) -> RuleSet:
@@ -101,17 +103,22 @@ def _included(node: Node, folder: Path | None, above: tuple[str, ...]) -> RuleSe
     is_name = _NAME.fullmatch(name) and (folder is None or not (folder / name).exists())
     if folder is None and not is_name:
         fail(node.where, f"include: a shipped file includes shipped ones by name, found {name!r}")
-    path = f"{name}.yaml" if is_name or folder is None else str((folder / name).resolve())
+    path = f"{name}.yaml" if is_name or folder is None else _identity(folder / name)
     if path in above:
         fail(node.where, f"include: {name!r} includes itself: {' -> '.join((*above, path))}")
+    if len(above) > _MAX_INCLUDES:
+        fail(node.where, f"include: more than {_MAX_INCLUDES} files include one another")
     if is_name or folder is None:
         return _shipped(name, f"{node.where}: include: {name!r}", "", above)
+    return _file(folder / name, str(folder / name), above, asked=f"{node.where}: include: ")
+
+
+def _identity(path: Path) -> str:
+    """The same text for the same file, as far as the system tells."""
     try:
-        return _file(folder / name, str(folder / name), above)
-    except PlacementError as error:
-        if (folder / name).is_file():
-            raise
-        raise PlacementError(f"{node.where}: include: {error}") from None
+        return str(path.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return str(path)
 
 
 def _both(own: RuleSet, inner: RuleSet) -> frozenset[str] | None:
