@@ -9,7 +9,7 @@
 #include "attention.h"
 #include "bindings_address.h"
 #include "bindings_ops.h"
-#include "limits.h"
+#include "machine_limits.h"
 #include "moe.h"
 #include "ops.h"
 #include "recording.h"

@@ -18,10 +18,19 @@
 
 #include "topology.h"
 
+#ifdef HYBRID_ATOMICS  // a test's header whose Atomic pauses around every access, to meet rare interleavings
+#include HYBRID_ATOMICS
+#else
+namespace hybrid {
+template <class T>
+using Atomic = std::atomic<T>;
+}
+#endif
+
 namespace hybrid {
 namespace {
 
-using Word = std::atomic<uint32_t>;
+using Word = Atomic<uint32_t>;
 
 void futex_wait(Word& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
@@ -98,13 +107,13 @@ struct ThreadPool::State {
   void* context = nullptr;
   int64_t num_units = 0;
 
-  alignas(64) std::atomic<int64_t> next_unit{0};
+  alignas(64) Atomic<int64_t> next_unit{0};
   alignas(64) Word epoch{0};  // counts jobs; idle workers wait for it to change
-  std::atomic<uint32_t> sleepers{0};
-  std::atomic<bool> stop{false};
+  Atomic<uint32_t> sleepers{0};
+  Atomic<bool> stop{false};
   alignas(64) Word active{0};
-  std::atomic<bool> open{false};
-  std::atomic<bool> caller_sleeps{false};
+  Atomic<bool> open{false};
+  Atomic<bool> caller_sleeps{false};
 
   std::mutex failure_lock;
   std::exception_ptr failure;
@@ -133,8 +142,10 @@ struct ThreadPool::State {
     uint32_t seen = 0;
     for (;;) {
       wait_for_job(seen);
-      if (stop.load()) return;
+      // `seen` before `stop`: the other way round, the epoch that tells of the stop could be taken for the
+      // job's, and the worker would wait for one more for ever.
       seen = epoch.load();
+      if (stop.load()) return;
       active.fetch_add(1);
       if (open.load()) work(worker);
       leave();

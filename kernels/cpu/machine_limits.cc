@@ -1,6 +1,6 @@
 // What a machine can do at most: read RAM, the roof of decoding, and multiply int8, that of prompts. The best of several
 // read loops counts, each by its median pass: what is left in a shared cache makes some passes too fast.
-#include "limits.h"
+#include "machine_limits.h"
 
 #include <sys/mman.h>
 
