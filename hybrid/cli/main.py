@@ -1,4 +1,4 @@
-"""`hybrid`: finds the command, runs it, and turns its errors into one line and an exit code."""
+"""`hybrid`: finds the command, runs it, and turns its errors into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"hybrid: {_one_line(error)}", file=sys.stderr)
+        print(f"hybrid: {_message(error)}", file=sys.stderr)
         return _exit_code(error)
 
 
@@ -122,7 +122,10 @@ def _exit_code(error: Exception) -> int:
     return EXIT_FAILURE
 
 
-def _one_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
+    """One line; a plan that does not fit brings its table."""
+    if isinstance(error, CapacityError):
+        return str(error)
     if isinstance(error, HybridError):
         text = str(error)
     elif isinstance(error, OSError):

@@ -18,23 +18,43 @@ _GIB = 1 << 30
 _SMALLEST_BATCH = 64
 
 
+_COLUMNS = ("device", "weights", "KV cache", "working memory", "total", "budget", "too much")
+
+
 def refusal(planner: Planner, found: Plan) -> str:
-    """What is exceeded, by how much, and what would help. Each change is tried before it is named."""
-    rows = [_sums(memory) for memory in found.memory.values() if memory.total_bytes]
-    over = [memory.device for memory in found.memory.values() if memory.missing_bytes]
+    """What is exceeded, by how much, and what would help: a line, a table and a list. Each change is tried
+    before it is named."""
+    over = [
+        f"{memory.device} ({gib(memory.missing_bytes)} too much)"
+        for memory in found.memory.values()
+        if memory.missing_bytes
+    ]
+    rows = [_COLUMNS, *(_sums(memory) for memory in found.memory.values() if memory.total_bytes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  " + "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in cells)
+        for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
+    ]
     changes = list(_changes(planner, found)) or ["a smaller file"]
-    return (
-        f"the model does not fit on {', '.join(over)}: {'; '.join(rows)}. "
-        f"Any one of these would: {'; '.join(changes)}"
+    return "\n".join(
+        [
+            f"the model does not fit on {', '.join(over)}",
+            *(line.rstrip() for line in table),
+            "Any one of these would make it fit:" if len(changes) > 1 else "This would make it fit:",
+            *(f"  - {change}" for change in changes),
+        ]
     )
 
 
-def _sums(memory: DeviceMemory) -> str:
-    budget = "unknown" if memory.budget_bytes is None else gib(memory.budget_bytes)
-    over = f", {gib(memory.missing_bytes)} too much" if memory.missing_bytes else ""
+def _sums(memory: DeviceMemory) -> tuple[str, ...]:
     return (
-        f"{memory.device}: weights {gib(memory.weights_bytes)} + KV cache {gib(memory.kv_cache_bytes)} + "
-        f"working memory {gib(memory.scratch_bytes)} = {gib(memory.total_bytes)}, budget {budget}{over}"
+        memory.device,
+        gib(memory.weights_bytes),
+        gib(memory.kv_cache_bytes),
+        gib(memory.scratch_bytes),
+        gib(memory.total_bytes),
+        "unknown" if memory.budget_bytes is None else gib(memory.budget_bytes),
+        gib(memory.missing_bytes) if memory.missing_bytes else "",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -127,8 +128,11 @@ def test_explain_shows_the_rules_tried(capsys, tmp_path):
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_would(capsys):
     error = failure(capsys, "--ram", "20MiB")
-    assert "does not fit on cpu: cpu: weights 9.3 MiB + KV cache 4.5 MiB" in error
-    assert "a context of" in error and "budget 20.0 MiB" in error
+    first, header, sums, *changes = error.splitlines()
+    assert first == "hybrid: the model does not fit on cpu (15.4 MiB too much)"
+    assert header.split("  ")[1] == "device" and re.split("  +", sums)[1:4] == ["cpu", "9.3 MiB", "4.5 MiB"]
+    assert re.split("  +", sums)[6] == "20.0 MiB"
+    assert changes[0] == "Any one of these would make it fit:" and "a context of" in changes[1]
     found = json.loads(out(capsys, "--ram", "20MiB", "--fit", "-o", "json"))
     assert found["devices"]["cpu"]["total_bytes"] <= 20 << 20
     assert f"(-c {found['context']})" in error

@@ -52,7 +52,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(calibration, "available_memory", lambda: calibration.RAM_MARGIN_BYTES + (8 << 20))
     read = []
     monkeypatch.setattr(GGUFFile, "read_into", lambda *args: read.append(args))
-    with pytest.raises(CapacityError, match=r"does not fit on cpu: cpu: weights .* budget 8\.0 MiB"):
+    with pytest.raises(CapacityError, match=r"does not fit on cpu \(.*\n.* weights .*\n  cpu .* 8\.0 MiB "):
         load(None, LoadOptions(max_model_len=512))
     assert not read
 
@@ -67,7 +67,7 @@ def test_names_of_models(tmp_path):
 
 def test_a_model_is_fitted_into_the_ram_it_may_take():
     options = LoadOptions(ram_bytes=20 << 20)
-    with pytest.raises(CapacityError, match=r"budget 20\.0 MiB.*a context of \d+ tokens"):
+    with pytest.raises(CapacityError, match=r"(?s) 20\.0 MiB .*a context of \d+ tokens"):
         load(None, options)
     loaded = load(None, replace(options, fit=True))
     try:

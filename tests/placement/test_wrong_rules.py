@@ -21,12 +21,12 @@ from hybrid.placement.rules.parser import parse
 RULE = "version: 1\nrules:\n  - select: {%s}\n    place: {%s}\n"
 PLACE, SELECT = "device: cpu", "name: '*'"
 ROLES = (
-    "attention, router, norm, routed_experts, shared_experts, dense_ffn, em"
-    "bedding, output, rope, nextn or other"
+    "attention, router, norm, routed_experts, shared_experts, dense_ffn, "
+    "embedding, output, rope, nextn or other"
 )
 FORMATS = (
-    "BF16, F16, F32, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q"
-    "5_0, Q5_1, Q5_K, Q6_K, Q8_0, TQ1_0 or TQ2_0"
+    "BF16, F16, F32, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, "
+    "Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, TQ1_0 or TQ2_0"
 )
 TOP = "version, architecture, include, complete, rules, experts, kv_cache or budget"
 WRONG = {
