@@ -59,8 +59,6 @@ class Backend(ABC):
     device: torch.device
     can_record = False  # whether `record` works
 
-    # --- weights -------------------------------------------------------------------------------
-
     @abstractmethod
     def can_multiply(self, type_: GGMLType) -> bool:
         """Whether `load_matrix` takes weights of this format."""
@@ -101,8 +99,6 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives everything back; the backend and its weights must not be used afterwards."""
-
-    # --- operations ----------------------------------------------------------------------------
 
     @abstractmethod
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:

@@ -83,8 +83,6 @@ class CpuBackend(Backend):
         self._staging: torch.Tensor | None = None
         self.recorded: list[torch.Tensor] | None = None  # results of the operations being recorded
 
-    # --- weights -------------------------------------------------------------------------------
-
     def can_multiply(self, type_: GGMLType) -> bool:
         return bool(cpu.has_kernel(int(type_), cpu.current_isa()))
 
@@ -138,8 +136,6 @@ class CpuBackend(Backend):
         if self.recorded is not None:
             self.recorded.append(out)
         return out
-
-    # --- operations ----------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
         out = self._result(token_ids, token_ids.shape[0], table.cols)

@@ -50,8 +50,6 @@ class FakeBackend(Backend):
     def _input(self, x: torch.Tensor, weight: FloatMatrix) -> torch.Tensor:
         return round_to_q8(x) if self.activation == "q8" and weight.quantized else x
 
-    # --- weights -------------------------------------------------------------------------------
-
     def can_multiply(self, type_: GGMLType) -> bool:
         return type_ in DEQUANTIZABLE
 
@@ -78,8 +76,6 @@ class FakeBackend(Backend):
 
     def close(self) -> None:
         """Nothing is held but tensors."""
-
-    # --- operations ----------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
         rows: torch.Tensor = table.values[0][token_ids.long()]

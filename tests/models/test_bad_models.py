@@ -50,9 +50,6 @@ def drop_tensor(name):
     return lambda keys, tensors: tensors.pop(name)
 
 
-# --- what kind of file it is ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "metadata, word",
     [
@@ -84,8 +81,6 @@ def test_file_without_tensors(tmp_path):
     with GGUFFile.open(path) as file, pytest.raises(GGUFError, match="vocabulary"):
         family_of(file)
 
-
-# --- hyper-parameters -------------------------------------------------------------------------------------
 
 REQUIRED = [
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -193,8 +188,6 @@ def test_per_layer_values(refused, tmp_path, make_reference, write_model):
         assert family_of(file).read_config(file).intermediate_size == 128
 
 
-# --- tensors ----------------------------------------------------------------------------------------------
-
 TENSORS = [
     "token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight",
     "blk.0.attn_q_a.weight", "blk.0.attn_q_a_norm.weight", "blk.0.attn_q_b.weight",
@@ -249,9 +242,6 @@ def test_tensor_left_over(refused, name):
     error = refused(lambda keys, tensors: tensors.__setitem__(name, np.ones(4, dtype=np.float32)))
     assert isinstance(error, ModelError)
     assert name in str(error)
-
-
-# --- formats and devices ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -237,9 +237,6 @@ def test_bad_arguments_are_refused(change: dict[str, object], message: str) -> N
         cpu.mla_attention(**arguments)
 
 
-# --- mla_append -----------------------------------------------------------------------------------
-
-
 def append(shape: Shape, tokens: int, threads: int = 2) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(tokens)
     width, eps = shape.latent + shape.rope, 1e-6

@@ -25,9 +25,6 @@ def on_every_isa(call):  # type: ignore[no-untyped-def]
     return results
 
 
-# --- rms_norm -------------------------------------------------------------------------------------
-
-
 def norm(
     x: np.ndarray, weight: np.ndarray, residual: np.ndarray | None = None, threads: int = 2
 ) -> np.ndarray:
@@ -81,9 +78,6 @@ def test_rms_norm_in_place() -> None:
     wanted = norm(x, weight)
     cpu.rms_norm(cpu.ThreadPool(1, []), address(x), 3, 100, address(weight), 1e-6, 0, address(x))
     np.testing.assert_array_equal(x, wanted)
-
-
-# --- route ----------------------------------------------------------------------------------------
 
 
 def router_matrix(weight: np.ndarray) -> cpu.PackedMatrix:
@@ -215,9 +209,6 @@ def test_route_bits_do_not_depend_on_threads_mates_or_isa() -> None:
 def test_route_refuses_what_does_not_fit(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         route(np.zeros((1, 16), np.float32), **({"k": 2, "scoring": "softmax"} | arguments))  # type: ignore[arg-type]
-
-
-# --- linear_transposed_batched --------------------------------------------------------------------
 
 
 def stack(kind: GGMLType, batch: int, rows: int, cols: int) -> tuple[cpu.PackedMatrix, np.ndarray]:
