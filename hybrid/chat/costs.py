@@ -32,7 +32,7 @@ _STR_METHODS = frozenset(
      "title", "capitalize", "casefold", "swapcase", "find", "rfind", "index", "rindex", "count", "partition",
      "rpartition", "removeprefix", "removesuffix", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
      "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "replace",
-     "join",     "center", "ljust", "rjust", "zfill"}
+     "join", "center", "ljust", "rjust", "zfill"}
 )  # fmt: skip
 _METHODS: dict[type, frozenset[str]] = {
     str: _STR_METHODS,

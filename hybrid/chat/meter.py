@@ -120,7 +120,7 @@ def meter() -> Meter:
 
 @contextmanager
 def metered(limits: Limits, *, lines: bool = True) -> Iterator[None]:
-    """Run the body under ``limits``; code it calls raises :class:`LimitExceeded` when they are reached.
+    """Run the body under ``limits``; code it calls raises `LimitExceeded` when they are reached.
 
     Without ``lines`` the clock is looked at in calls only: several times faster, and enough for our own code.
     """

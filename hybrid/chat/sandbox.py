@@ -38,7 +38,7 @@ class TemplateRefusal(jinja2.TemplateError):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment. Render only inside :func:`hybrid.chat.meter.metered`."""
+    """The environment. Render only inside `hybrid.chat.meter.metered`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 

@@ -34,7 +34,7 @@ class _Loaded:
 class ChatTemplate:
     """The chat templates of a model: the default one and named variants.
 
-    A template that does not compile does not keep a model from loading: :attr:`problem` says what is
+    A template that does not compile does not keep a model from loading: `problem` says what is
     wrong, and rendering raises it.
 
     Attributes:
@@ -75,7 +75,7 @@ class ChatTemplate:
         template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt as text, for people. Encode conversations with :meth:`encode`: in this text nothing
+        """The prompt as text, for people. Encode conversations with `encode`: in this text nothing
         tells a control token of the template from one spelled out in a message.
 
         Args:
@@ -101,7 +101,7 @@ class ChatTemplate:
         template: str | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Ids of the prompt; arguments and errors as in :meth:`render`.
+        """Ids of the prompt; arguments and errors as in `render`.
 
         Control tokens come from the template alone: one spelled out in a message, a tool or another
         argument is encoded as the plain text it is. A bos token is put first where the vocabulary asks

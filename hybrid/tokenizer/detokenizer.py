@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Detokenizer:
-    """Turns ids into text as they arrive; made by :meth:`Tokenizer.detokenizer`.
+    """Turns ids into text as they arrive; made by `Tokenizer.detokenizer`.
 
     All that ``push`` and ``flush`` returned, joined, equals ``Tokenizer.decode`` of the same ids. A
     character whose bytes are spread over several tokens appears when its last byte does.

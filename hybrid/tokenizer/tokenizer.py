@@ -26,10 +26,10 @@ class Tokenizer:
     anything else, the leftmost first and of these the longest.
 
     Attributes:
-        vocab_size: number of ids; :meth:`check_embedding` compares it with the model.
+        vocab_size: number of ids; `check_embedding` compares it with the model.
         bos_id, eos_id: ids, or ``None`` where the file names none.
         stop_ids: ids that end a generation.
-        add_bos, add_eos: whether :meth:`encode` adds them when asked for special tokens.
+        add_bos, add_eos: whether `encode` adds them when asked for special tokens.
         add_space_prefix: whether text begins with a space that decoding drops (SentencePiece).
     """
 
@@ -98,7 +98,7 @@ class Tokenizer:
         return [(token_id, *span) for token_id, span in zip(found.ids, found.offsets, strict=True)]
 
     def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
-        """Ids of pieces as :meth:`split_special` gives them. No special token is looked for in strings."""
+        """Ids of pieces as `split_special` gives them. No special token is looked for in strings."""
         ids: list[int] = []
         after_special = True
         for piece in pieces:

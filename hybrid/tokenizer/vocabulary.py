@@ -57,11 +57,11 @@ class Vocabulary:
     Attributes:
         model: ``gpt2`` (byte-level BPE) or ``llama`` (SentencePiece BPE by scores).
         tokens: text of each id; several may be empty, all others differ.
-        types: int64 [len(tokens)], :class:`TokenType` of each id; tokens known to end a turn are CONTROL
+        types: int64 [len(tokens)], `TokenType` of each id; tokens known to end a turn are CONTROL
             whatever the file says.
         ids: id of each non-empty text.
         merges: pairs in rank order, each naming two tokens whose concatenation is a token (``gpt2``);
-            none makes or uses an :data:`UNREACHABLE` token.
+            none makes or uses an `UNREACHABLE` token.
         scores: float32 [len(tokens)], higher merges first (``llama``).
         stop_ids: eos, eot, eom and the well-known end-of-turn tokens.
     """
