@@ -11,8 +11,6 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ from hybrid.gguf import TRAITS, GGMLType, random_blocks
 from hybrid.kernels import cpu
 from hybrid.placement.capabilities import CPU_FORMATS
 from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
+from hybrid.system_files import processor_name
 
 # Tokens of a product for which weights are timed: decoding, an expert's share of a prompt, a prompt.
 TOKENS = (1, 16, 128)
@@ -51,15 +50,6 @@ def rates_path(num_threads: int, isa: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     processor = hashlib.sha256(processor_name().encode()).hexdigest()[:8]
     return Path(base) / "hybrid" / f"rates-{processor}-{num_threads}-{isa}.json"
-
-
-def processor_name() -> str:
-    """What /proc/cpuinfo calls it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.machine()
 
 
 def read_rates(num_threads: int, isa: str) -> Rates | None:

@@ -23,6 +23,7 @@ from hybrid.backends.isa import select_isa
 from hybrid.calibration import calibrate
 from hybrid.free_memory import cgroup_memory_limit
 from hybrid.kernels import cpu
+from hybrid.system_files import processor_name, read_system_file
 
 _VERSIONED = ("hybrid-moe", "numpy", "torch", "triton", "gguf", "tokenizers")
 _NVIDIA_FIELDS = (
@@ -106,11 +107,9 @@ class Gpu:
 
 
 def cores(root: Path = Path("/")) -> Cores:
-    info = _read(root / "proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.*)$", info, re.MULTILINE)
     allowed = sorted(os.sched_getaffinity(0))
     return Cores(
-        model=model.group(1) if model else platform.machine(),
+        model=processor_name(root),
         logical=os.cpu_count() or len(allowed),
         allowed=len(allowed),
         physical_allowed=len(cpu.physical_cores()),
@@ -137,11 +136,11 @@ def numa_nodes(root: Path = Path("/")) -> list[NumaNode]:
     for folder in sorted(
         (root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])
     ):
-        sizes = dict(re.findall(r"(MemTotal|MemFree):\s*(\d+) kB", _read(folder / "meminfo")))
+        sizes = dict(re.findall(r"(MemTotal|MemFree):\s*(\d+) kB", read_system_file(folder / "meminfo")))
         nodes.append(
             NumaNode(
                 node=int(folder.name[4:]),
-                cpus=_read(folder / "cpulist").strip(),
+                cpus=read_system_file(folder / "cpulist").strip(),
                 total_bytes=int(sizes.get("MemTotal", 0)) * 1024,
                 free_bytes=int(sizes.get("MemFree", 0)) * 1024,
             )
@@ -150,16 +149,16 @@ def numa_nodes(root: Path = Path("/")) -> list[NumaNode]:
 
 
 def huge_pages(root: Path = Path("/")) -> HugePages:
-    mode = re.search(r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    mode = re.search(r"\[(\w+)\]", read_system_file(root / "sys/kernel/mm/transparent_hugepage/enabled"))
     reserved = {}
     for folder in sorted((root / "sys/kernel/mm/hugepages").glob("hugepages-*")):
-        counts = [int(_read(folder / name) or 0) for name in ("nr_hugepages", "free_hugepages")]
+        counts = [int(read_system_file(folder / name) or 0) for name in ("nr_hugepages", "free_hugepages")]
         reserved[folder.name.removeprefix("hugepages-")] = (counts[0], counts[1])
     return HugePages(mode.group(1) if mode else "unavailable", reserved)
 
 
 def memory(root: Path = Path("/")) -> Memory:
-    sizes = dict(re.findall(r"^(\w+):\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    sizes = dict(re.findall(r"^(\w+):\s*(\d+) kB", read_system_file(root / "proc/meminfo"), re.MULTILINE))
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Memory(
         total_bytes=int(sizes.get("MemTotal", 0)) * 1024,
@@ -197,16 +196,16 @@ def last_level_cache_bytes(root: Path = Path("/")) -> int:
     """Bytes of all last-level caches together; 0 if unknown."""
     caches = {}
     for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
-        size = _read(folder / "size").strip()
+        size = read_system_file(folder / "size").strip()
         if size.endswith("K") and size[:-1].isdigit():
-            caches[_read(folder / "shared_cpu_list").strip()] = int(size[:-1]) * 1024
+            caches[read_system_file(folder / "shared_cpu_list").strip()] = int(size[:-1]) * 1024
     return sum(caches.values())
 
 
 def gpus(root: Path = Path("/")) -> tuple[list[Gpu], str]:
     """The NVIDIA GPUs, and a line about the driver."""
     version = re.search(
-        r"Kernel Module\S*\s+(?:for \S+\s+)?([\d.]+)", _read(root / "proc/driver/nvidia/version")
+        r"Kernel Module\S*\s+(?:for \S+\s+)?([\d.]+)", read_system_file(root / "proc/driver/nvidia/version")
     )
     if version is None and shutil.which("nvidia-smi") is None:
         return [], "no NVIDIA driver: models run on the CPU"
@@ -285,14 +284,6 @@ def examine(
         "versions": versions(),
         "platform": sys.platform,
     }
-
-
-def _read(path: Path) -> str:
-    """The text of a file, empty where the system does not have it."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _ranges(numbers: list[int]) -> str:
