@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
 from hybrid.placement.cautions import RUNNABLE_CACHE_FORMATS
+from hybrid.placement.size_text import size_text
 
 if TYPE_CHECKING:
     from hybrid.placement.memory import DeviceMemory, RunSize
     from hybrid.placement.plan import Plan
     from hybrid.placement.planner import Planner
 
-_GIB = 1 << 30
 _SMALLEST_BATCH = 64
-
-
 _COLUMNS = ("device", "weights", "KV cache", "working memory", "total", "budget", "too much")
 
 
@@ -25,7 +23,7 @@ def refusal(planner: Planner, found: Plan) -> str:
     """What is exceeded, by how much, and what would help: a line, a table and a list. Each change is tried
     before it is named."""
     over = [
-        f"{memory.device} ({gib(memory.missing_bytes)} too much)"
+        f"{memory.device} ({size_text(memory.missing_bytes)} too much)"
         for memory in found.memory.values()
         if memory.missing_bytes
     ]
@@ -49,12 +47,12 @@ def refusal(planner: Planner, found: Plan) -> str:
 def _sums(memory: DeviceMemory) -> tuple[str, ...]:
     return (
         memory.device,
-        gib(memory.weights_bytes),
-        gib(memory.kv_cache_bytes),
-        gib(memory.scratch_bytes),
-        gib(memory.total_bytes),
-        "unknown" if memory.budget_bytes is None else gib(memory.budget_bytes),
-        gib(memory.missing_bytes) if memory.missing_bytes else "",
+        size_text(memory.weights_bytes),
+        size_text(memory.kv_cache_bytes),
+        size_text(memory.scratch_bytes),
+        size_text(memory.total_bytes),
+        "unknown" if memory.budget_bytes is None else size_text(memory.budget_bytes),
+        size_text(memory.missing_bytes) if memory.missing_bytes else "",
     )
 
 
@@ -83,11 +81,11 @@ def _more_memory(planner: Planner, found: Plan) -> Iterator[str]:
         if not memory.missing_bytes:
             continue
         if kind_of(memory.device) == "cpu":
-            yield f"{gib(memory.missing_bytes)} less of weights, by a smaller file, or more RAM"
+            yield f"{size_text(memory.missing_bytes)} less of weights, by a smaller file, or more RAM"
         else:
             per_layer = _largest_open(found, memory.device)
             yield (
-                f"rules that take {gib(memory.missing_bytes)} from {memory.device} to the cpu"
+                f"rules that take {size_text(memory.missing_bytes)} from {memory.device} to the cpu"
                 + (f", such as {per_layer}" if per_layer else "")
             )
 
@@ -98,7 +96,7 @@ def _largest_open(found: Plan, device: str) -> str:
     if not there:
         return ""
     n_bytes, name = max(there)
-    return f"{name} ({gib(n_bytes)}, by {found.placements[name].rule})"
+    return f"{name} ({size_text(n_bytes)}, by {found.placements[name].rule})"
 
 
 def _smaller_formats(kv_format: str) -> list[str]:
@@ -110,8 +108,3 @@ def _smaller_formats(kv_format: str) -> list[str]:
 
 def _fits(planner: Planner, size: RunSize) -> bool:
     return not any(memory.missing_bytes for memory in planner.draft(size).memory.values())
-
-
-def gib(n_bytes: int) -> str:
-    """``3.25 GiB``; small amounts in MiB."""
-    return f"{n_bytes / _GIB:.2f} GiB" if n_bytes >= _GIB // 10 else f"{n_bytes / (1 << 20):.1f} MiB"

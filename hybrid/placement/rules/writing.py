@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hybrid.placement.memory import DeviceMemory, Model, Tensor
 from hybrid.placement.plan import Plan
 from hybrid.placement.rules.ranges import ranges_of
+from hybrid.placement.size_text import size_text
 
 _GIB, _MIB = 1 << 30, 1 << 20
 
@@ -49,7 +50,7 @@ def _printable(text: str) -> str:
 
 def _machine(plan: Plan) -> str:
     parts = [
-        f"{_size(memory.budget_bytes)} of {name}"
+        f"{size_text(memory.budget_bytes)} of {name}"
         for name, memory in plan.memory.items()
         if memory.budget_bytes is not None
     ]
@@ -82,7 +83,7 @@ def _rules(group: _Group, plan: Plan) -> Iterator[str]:
     for device, tensors in group.by_device.items():
         n_bytes = sum(plan.placements[tensor.name].n_bytes for tensor in tensors)
         named = [tensor.name for tensor in tensors if tensor.layer is None]
-        yield f"  # {', '.join(group.roles)}: {_size(n_bytes)}"
+        yield f"  # {', '.join(group.roles)}: {size_text(n_bytes)}"
         if group.whole:
             yield from _rule(f"role: {_listed(group.roles)}", device)
             continue
@@ -120,8 +121,3 @@ def _exact(memory: DeviceMemory) -> str:
         if n_bytes % factor == 0:
             return f"{n_bytes // factor}{unit}"
     return f"{n_bytes}B"
-
-
-def _size(n_bytes: int | None) -> str:
-    found = n_bytes or 0
-    return f"{found / _GIB:.2f} GiB" if found >= _GIB // 10 else f"{found / _MIB:.1f} MiB"
