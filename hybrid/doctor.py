@@ -23,6 +23,7 @@ from hybrid.backends.isa import select_isa
 from hybrid.calibration import calibrate
 from hybrid.free_memory import cgroup_memory_limit
 from hybrid.kernels import cpu
+from hybrid.placement.rules.ranges import ranges_of
 from hybrid.system_files import processor_name, read_system_file
 
 _VERSIONED = ("hybrid-moe", "numpy", "torch", "triton", "gguf", "tokenizers")
@@ -113,7 +114,7 @@ def cores(root: Path = Path("/")) -> Cores:
         logical=os.cpu_count() or len(allowed),
         allowed=len(allowed),
         physical_allowed=len(cpu.physical_cores()),
-        allowed_list=_ranges(allowed),
+        allowed_list=str(ranges_of(allowed)),
     )
 
 
@@ -284,14 +285,3 @@ def examine(
         "versions": versions(),
         "platform": sys.platform,
     }
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``0-3,8``, the kernel's notation for CPU lists."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

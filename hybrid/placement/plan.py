@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hybrid.placement.cost import Prediction
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import DeviceMemory, RunSize
 from hybrid.placement.roles import layer_of, role_of
+from hybrid.placement.rules.ranges import ranges_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ExpertShare:
     format: str | None = None
 
     def __str__(self) -> str:
-        return " ".join((self.device, *_extras(self.numa, self.format), f"experts={_ranges(self.experts)}"))
+        return " ".join((self.device, *_extras(self.numa, self.format), f"experts={ranges_of(self.experts)}"))
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,3 @@ class Plan:
 def _extras(numa: str, format_: str | None) -> list[str]:
     extras = [f"numa={numa}"] if numa != "none" else []
     return extras + ([f"format={format_}"] if format_ is not None else [])
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3,7``: ascending numbers, as rules spell them."""
-    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
-    runs = [numbers[i:j] for i, j in zip(starts, [*starts[1:], len(numbers)], strict=True)]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
