@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid.synth.presets import VocabularyShape
+from hybrid.tokenizer.byte_alphabet import BYTE_CHARS
+from hybrid.tokenizer.vocabulary import TokenType
 
-_NORMAL, _CONTROL = 1, 3  # `tokenizer.ggml.token_type`
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_SPACE = "Ġ"  # the space in the byte-to-character table of GPT-2
+_SPACE = BYTE_CHARS[ord(" ")]
 
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 _CHAT_TEMPLATE = (
@@ -32,26 +33,6 @@ class Vocabulary:
     tokens: list[str]
     token_types: list[int]
     merges: list[str]
-
-
-def byte_alphabet() -> list[str]:
-    """The character that stands for each byte: printable Latin-1 for itself, the rest from U+0100 on.
-
-    Source: GPT-2's `bytes_to_unicode`.
-    """
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    characters, shifted = [], 256
-    for byte in range(256):
-        if byte in printable:
-            characters.append(chr(byte))
-        else:
-            characters.append(chr(shifted))
-            shifted += 1
-    return characters
 
 
 def _words() -> Iterator[tuple[str, str]]:
@@ -75,11 +56,11 @@ def build_vocabulary(shape: VocabularyShape) -> Vocabulary:
     tokens: list[str] = []
     token_types: list[int] = []
     merges: list[str] = []
-    alphabet, words = iter(byte_alphabet()), _words()
+    alphabet, words = iter(BYTE_CHARS), _words()
     for token_id in range(shape.size):
         if token_id in special:
             tokens.append(special[token_id])
-            token_types.append(_CONTROL)
+            token_types.append(int(TokenType.CONTROL))
             continue
         token = next(alphabet, None)
         if token is None:
@@ -87,7 +68,7 @@ def build_vocabulary(shape: VocabularyShape) -> Vocabulary:
             merges.append(f"{prefix} {letter}")
             token = prefix + letter
         tokens.append(token)
-        token_types.append(_NORMAL)
+        token_types.append(int(TokenType.NORMAL))
     return Vocabulary(tokens, token_types, merges)
 
 

@@ -11,21 +11,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from hybrid.errors import RequestError, TokenizerError
+from hybrid.tokenizer.byte_alphabet import BYTE_CHARS
 from hybrid.tokenizer.vocabulary import UNREACHABLE, TokenType, Vocabulary
 
 SPACE_MARK = "▁"
-
-
-def _byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py)."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    alphabet = {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-    return [alphabet[byte] for byte in range(256)]
-
-
-BYTE_CHARS = _byte_alphabet()
-CHAR_BYTES = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 
 
 class ByteLevelEngine:

@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import models
 
 from hybrid.errors import RequestError, TokenizerError
+from hybrid.tokenizer.byte_alphabet import CHAR_BYTES
 from hybrid.tokenizer.detokenizer import Detokenizer
-from hybrid.tokenizer.engines import CHAR_BYTES, SPACE_MARK, ByteLevelEngine, ScoreEngine
+from hybrid.tokenizer.engines import SPACE_MARK, ByteLevelEngine, ScoreEngine
 from hybrid.tokenizer.metadata import Metadata
 from hybrid.tokenizer.vocabulary import TokenType, Vocabulary, read_vocabulary
 

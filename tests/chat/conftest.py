@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybrid.tokenizer import Tokenizer
-from hybrid.tokenizer.engines import BYTE_CHARS
+from hybrid.tokenizer.byte_alphabet import BYTE_CHARS
 
 CONTROL = {
     "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from hybrid.tokenizer.engines import BYTE_CHARS
+from hybrid.tokenizer.byte_alphabet import BYTE_CHARS
 from hybrid.tokenizer.pretokenizers import PRE_TOKENIZERS
 
 CORPUS = [
