@@ -8,6 +8,7 @@ import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from hybrid import env
+from hybrid.cli.progress import byte_progress
 from hybrid.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -210,16 +211,9 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
     """
     rules = rules_for(args, args.model)  # a bad file is told before torch is loaded
 
-    from tqdm import tqdm
-
     from hybrid.llm import LLM
 
-    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress("loading") as show:
         return LLM(
             args.model,
             rules,

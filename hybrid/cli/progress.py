@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PATIENCE_S = 2.0
 
@@ -14,12 +19,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm
 
     with tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
+        yield _setter(bar)
 
 
 @contextlib.contextmanager
@@ -36,18 +36,20 @@ def prompt_progress() -> Iterator[Callable[[int, int], None]]:
         delay=PATIENCE_S,
         mininterval=0,
     ) as bar:
+        yield _setter(bar)
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        yield show
+def _setter(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
 
 
 @contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """A line that each call replaces; an empty text removes it, and so does leaving."""
-    import sys
 
     def show(text: str) -> None:
         if sys.stderr.isatty():
