@@ -141,9 +141,8 @@ def _part_seconds(tensor: Tensor, part: Placed, machine: Machine, num_tokens: in
     if kind_of(part.device) != "cuda":
         format_ = part.format or tensor.info.type.name
         return weights * _cpu_weight_seconds(machine, format_, tokens, weight_bytes)
-    gpu = machine.device(part.device)
-    bandwidth = (gpu and gpu.read_bandwidth) or DEFAULT_VRAM_BANDWIDTH
-    return max(weights * weight_bytes / bandwidth / VRAM_EFFICIENCY, weights * tokens / GPU_MACS)
+    seconds_read = weights * weight_bytes / _vram_bandwidth(machine, part.device) / VRAM_EFFICIENCY
+    return max(seconds_read, weights * tokens / GPU_MACS)
 
 
 def _cpu_weight_seconds(machine: Machine, format_: str, tokens: float, weight_bytes: float) -> float:
@@ -165,15 +164,20 @@ def ram_bandwidth(machine: Machine) -> float:
     return one_node * machine.num_nodes * (1.0 if machine.numa else REMOTE_EFFICIENCY)
 
 
+def _vram_bandwidth(machine: Machine, device: str) -> float:
+    """Bytes per second of a GPU's memory, as stated or that of the default card."""
+    gpu = machine.device(device)
+    return DEFAULT_VRAM_BANDWIDTH if gpu is None or gpu.read_bandwidth is None else gpu.read_bandwidth
+
+
 def interpolate(points: Mapping[int, float], tokens: float) -> float:
     """Between the numbers of tokens measured, and beyond the last at its slope."""
     known = sorted(points.items())
     if tokens <= known[0][0] or len(known) == 1:
         return known[0][1] * max(tokens / known[0][0], 1.0)
-    for (low, at_low), (high, at_high) in pairwise(known):
-        if tokens <= high or high == known[-1][0]:
-            return at_low + (at_high - at_low) * (tokens - low) / (high - low)
-    raise AssertionError
+    pairs = list(pairwise(known))
+    (low, at_low), (high, at_high) = next((pair for pair in pairs if tokens <= pair[1][0]), pairs[-1])
+    return at_low + (at_high - at_low) * (tokens - low) / (high - low)
 
 
 def _attention_seconds(
@@ -184,9 +188,8 @@ def _attention_seconds(
     macs = num_tokens * context * dims.num_heads * (dims.cache_width + dims.kv_lora_rank)
     row = cache_row_bytes(dims.cache_width, size.kv_format)
     if kind_of(device) == "cuda":
-        gpu = machine.device(device)
-        bandwidth = (gpu and gpu.read_bandwidth) or DEFAULT_VRAM_BANDWIDTH
-        return GPU_LAYER_S + max(macs / GPU_MACS, context * row / bandwidth / VRAM_EFFICIENCY)
+        seconds_read = context * row / _vram_bandwidth(machine, device) / VRAM_EFFICIENCY
+        return GPU_LAYER_S + max(macs / GPU_MACS, seconds_read)
     rate = rates.attention_macs if rates else _default_attention_macs(machine)
     call_s = rates.call_s if rates else CALL_S
     return macs / rate + CALLS_PER_LAYER * call_s
