@@ -16,6 +16,7 @@ from hybrid.placement.dimensions import Dimensions, read_dimensions
 from hybrid.placement.roles import layer_of, role_of
 
 _MIB = 1 << 20
+SMALLEST_BATCH = 64  # tokens of a step; fitting makes steps no smaller
 STAGING_BYTES = 64 * _MIB  # of a file's rows on their way into the packed layout
 # Estimates, for devices this build does not run yet: what a CUDA context with its kernels takes, and the
 # pinned ring through which experts of long prompts go to the GPU, there and in RAM.

@@ -12,9 +12,9 @@ from hybrid.placement.auto import CPU
 from hybrid.placement.cautions import cautions
 from hybrid.placement.cost import predict
 from hybrid.placement.machine import Machine
-from hybrid.placement.memory import DeviceMemory, Model, RunSize, memory_of, read_model
+from hybrid.placement.memory import SMALLEST_BATCH, DeviceMemory, Model, RunSize, memory_of, read_model
 from hybrid.placement.placing import Placer
-from hybrid.placement.plan import Placement, Plan
+from hybrid.placement.plan import Plan
 from hybrid.placement.refusal import refusal
 from hybrid.placement.rules import AUTO, Rule, Rules, RuleSet, load_rules
 from hybrid.placement.rules.checks import Subject, problems
@@ -23,10 +23,9 @@ from hybrid.placement.rules.selection import Claim, Selection, select
 from hybrid.placement.sections import cache_bytes, require_cache_device, with_expert_cache
 from hybrid.placement.settings import experts_of
 
-__all__ = ["Placement", "Plan", "plan"]
+__all__ = ["Plan", "Planner", "check", "plan"]
 
 _CONTEXT_STEP = 256  # fitted contexts are multiples of it
-_SMALLEST_BATCH = 64
 
 
 def plan(
@@ -137,7 +136,7 @@ class Planner:
             context = self._largest_context(smaller)
             if context:
                 return replace(smaller, max_model_len=context)
-            if batch // 2 < max(_SMALLEST_BATCH, size.max_num_seqs):
+            if batch // 2 < max(SMALLEST_BATCH, size.max_num_seqs):
                 return size
             batch //= 2
 

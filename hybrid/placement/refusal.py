@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
 from hybrid.placement.cautions import RUNNABLE_CACHE_FORMATS
+from hybrid.placement.memory import SMALLEST_BATCH
 from hybrid.placement.size_text import size_text
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from hybrid.placement.plan import Plan
     from hybrid.placement.planner import Planner
 
-_SMALLEST_BATCH = 64
 _COLUMNS = ("device", "weights", "KV cache", "working memory", "total", "budget", "too much")
 
 
@@ -68,7 +68,7 @@ def _changes(planner: Planner, found: Plan) -> Iterator[str]:
             yield f"a cache of {format_} (--kv-format {format_})"
             break
     batch = size.max_num_batched_tokens // 2
-    while batch >= max(_SMALLEST_BATCH, size.max_num_seqs):
+    while batch >= max(SMALLEST_BATCH, size.max_num_seqs):
         if _fits(planner, replace(size, max_num_batched_tokens=batch)):
             yield f"{batch} tokens a step (max_num_batched_tokens, -ub)"
             break
