@@ -22,10 +22,16 @@ from typing import Any, Literal, Protocol
 import torch
 
 from hybrid.backends.source import TensorSource
+from hybrid.config import KVFormat
 from hybrid.gguf import GGMLType
 from hybrid.kvcache.blocks import AttentionBatch
 
-CacheFormat = Literal["f32", "f16", "bf16"]
+CacheFormat = KVFormat
+CACHE_DTYPES: dict[CacheFormat, torch.dtype] = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)

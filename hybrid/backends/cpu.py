@@ -12,21 +12,16 @@ from typing import Any
 
 import torch
 
-from hybrid.backends.base import Backend, CacheFormat, Recording, RouterConfig
+from hybrid.backends.base import CACHE_DTYPES, Backend, CacheFormat, Recording, RouterConfig
 from hybrid.backends.source import TensorSource
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.placement.capabilities import GROUP_ROWS
+from hybrid.placement.memory import STAGING_BYTES
 
-_STAGING_BYTES = 64 << 20
-_GROUP_ROWS = 16
 _HOST = torch.device("cpu")
-_CACHE_DTYPES: dict[CacheFormat, torch.dtype] = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class CpuBackend(Backend):
     def load_matrix(self, source: TensorSource) -> Any:
         row_bytes, matrices = source.row_bytes, source.matrices
         matrix = cpu.PackedMatrix(int(source.type), len(matrices), source.num_rows, source.cols)
-        step = max(_GROUP_ROWS, _STAGING_BYTES // row_bytes // _GROUP_ROWS * _GROUP_ROWS)
+        step = max(GROUP_ROWS, STAGING_BYTES // row_bytes // GROUP_ROWS * GROUP_ROWS)
         staging = self._staging_buffer(min(step, source.num_rows) * row_bytes)
         view = staging.numpy()
         for index, number in enumerate(matrices):
@@ -119,7 +114,7 @@ class CpuBackend(Backend):
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
         shape = (num_blocks * BLOCK_SIZE, latent_dim + rope_dim)
         return LatentCache(
-            torch.zeros(shape, dtype=_CACHE_DTYPES[fmt], device=_HOST), fmt, num_blocks, latent_dim, rope_dim
+            torch.zeros(shape, dtype=CACHE_DTYPES[fmt], device=_HOST), fmt, num_blocks, latent_dim, rope_dim
         )
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from hybrid.backends.base import Backend, CacheFormat, RouterConfig
+from hybrid.backends.base import CACHE_DTYPES, Backend, CacheFormat, RouterConfig
 from hybrid.backends.source import TensorSource
 from hybrid.gguf import DEQUANTIZABLE, GGMLType
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
 _FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
-_CACHE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class FakeBackend(Backend):
         return int(weight.values.nbytes)
 
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
-        return torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=_CACHE_DTYPES[fmt])
+        return torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=CACHE_DTYPES[fmt])
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device)

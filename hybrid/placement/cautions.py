@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hybrid.config import CACHE_BYTES
 from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import can_multiply, kind_of
 from hybrid.placement.memory import Model
@@ -13,7 +14,7 @@ from hybrid.placement.sections import EXPERT_CACHE
 
 # What loading takes today; a plan may hold more.
 RUNNABLE_KINDS = ("cpu", "fake")
-RUNNABLE_CACHE_FORMATS = ("f32", "f16", "bf16")
+RUNNABLE_CACHE_FORMATS = tuple(CACHE_BYTES)
 RUNNABLE_NUMA = ("none",)
 _NEARLY_FULL = 0.97
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from hybrid.config import BLOCK_SIZE
 from hybrid.placement.dimensions import Dimensions
 
 _MIB = 1 << 20
@@ -21,7 +22,6 @@ _FEW_PAIRS = 64
 _MOE_CHUNK_BYTES = 128 * _MIB
 _MOE_SLICE_BYTES = 64 * _MIB
 _KEY_SPLIT = 512
-_CACHE_BLOCK = 64
 _ROWS_PER_UNIT = 64
 _MOST_STATE_FLOATS = 8 << 20
 _ABSORB_TOKENS = 64
@@ -200,7 +200,7 @@ def _attention(dims: Dimensions, step: Step, tokens: int) -> list[int]:
     if apart:
         takes += [state_floats * 4, tokens * 8]
     takes += [states * 12 if apart else tokens * 12, 96 * step.num_threads]
-    row = [_CACHE_BLOCK * width, _ROWS_PER_UNIT * width, _ROWS_PER_UNIT * _CACHE_BLOCK]
+    row = [BLOCK_SIZE * width, _ROWS_PER_UNIT * width, _ROWS_PER_UNIT * BLOCK_SIZE]
     row += [_ROWS_PER_UNIT] * 4 + [_ROWS_PER_UNIT * latent]
     row += [] if apart else [_ROWS_PER_UNIT, _ROWS_PER_UNIT, _ROWS_PER_UNIT * latent]
     return takes + [n * 4 for n in row] * step.num_threads

@@ -44,7 +44,7 @@ def test_progress_may_interrupt(make_reference):
 def test_small_staging_memory_gives_the_same_weights(make_reference, open_model, monkeypatch):
     reference = make_reference("v3")
     expected = open_model(reference.path).logits(reference.ids)
-    monkeypatch.setattr(cpu_backend, "_STAGING_BYTES", 1)  # 16 rows at a time
+    monkeypatch.setattr(cpu_backend, "STAGING_BYTES", 1)  # 16 rows at a time
     assert torch.equal(open_model(reference.path).logits(reference.ids), expected)
 
 
