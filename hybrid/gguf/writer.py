@@ -133,16 +133,28 @@ class GGUFWriter:
         """Writes all bytes of the next declared tensor, given at once or in chunks of any size.
 
         Raises:
-            GGUFError: another tensor is next, the number of bytes is wrong, or the disk is full.
+            GGUFError: another tensor is next, the file is to have no data, the number of bytes is wrong, or
+                the disk is full. Once bytes of the tensor may be in the file, an error drops the file.
         """
+        if self._header_only:
+            self._fail("a header-only file holds no tensor data", tensor=name)
         if self._state == "declaring":
             self._begin()
-        self._require("writing", "the file is closed", tensor=name)
+        self._require("writing", "no tensor can be written any more", tensor=name)
         if self._next is None or self._next[1].name != name:
             wanted = "no more tensors" if self._next is None else repr(self._next[1].name)
             self._fail("tensors must be written in the declared order", expected=wanted, found=repr(name))
-        shard, tensor = self._next
         chunks = [data] if isinstance(data, bytes | bytearray | memoryview | np.ndarray) else data
+        try:
+            self._write_chunks(*self._next, chunks)
+        except BaseException:
+            self.abort()
+            self._state = "failed"
+            raise
+        self._next = next(self._pending, None)
+
+    def _write_chunks(self, shard: int, tensor: _Tensor, chunks: Iterable[BytesLike]) -> None:
+        """The bytes of a tensor and its padding."""
         written = 0
         for chunk in chunks:
             view = np.ascontiguousarray(chunk).data if isinstance(chunk, np.ndarray) else memoryview(chunk)
@@ -153,16 +165,18 @@ class GGUFWriter:
         if written != tensor.n_bytes:
             self._wrong_size(tensor, str(written))
         self._write(shard, bytes(padded(written, self._alignment) - written))
-        self._next = next(self._pending, None)
 
     def close(self) -> None:
         """Finishes the file and gives it its name. Does nothing after `close` or `abort`.
 
         Raises:
-            GGUFError: tensors are missing, or the disk is full. Nothing is left on disk then.
+            GGUFError: tensors are missing, one of them failed, or the disk is full. Nothing is left on disk
+                then.
         """
         if self._state in ("closed", "aborted"):
             return
+        if self._state == "failed":
+            self._fail("a tensor could not be written, so there is no file")
         try:
             if self._state == "declaring":
                 self._begin()
@@ -181,7 +195,7 @@ class GGUFWriter:
 
     def abort(self) -> None:
         """Drops everything written so far. Does nothing after `close`."""
-        if self._state == "closed":
+        if self._state in ("closed", "failed"):
             return
         for file in self._files.values():
             with contextlib.suppress(OSError):

@@ -169,6 +169,19 @@ def test_misuse_leaves_the_old_file_and_nothing_else(tmp_path: Path, misuse: Any
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("misuse", [too_short, too_long, failing_chunks], ids=lambda f: f.__name__)
+def test_a_tensor_that_failed_cannot_be_written_again(tmp_path: Path, misuse: Any) -> None:
+    """Some of its bytes are in the file already: what came next would stand in the wrong place."""
+    writer = declared(tmp_path / "m.gguf")
+    with pytest.raises((GGUFError, KeyboardInterrupt)):
+        misuse(writer)
+    with pytest.raises(GGUFError, match="found failed"):
+        writer.write_tensor("a", bytes(32))
+    with pytest.raises(GGUFError, match="there is no file"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "kind"),
     [("", (4,), GGMLType.F32), ("x" * 64, (4,), GGMLType.F32), ("a\n", (4,), GGMLType.F32),
@@ -249,3 +262,12 @@ def test_header_only(tmp_path: Path) -> None:
         assert file.tensors["a"].offset >= path.stat().st_size
     with pytest.raises(GGUFError, match="bytes are missing"):
         GGUFFile.open(path)
+
+
+def test_header_only_takes_no_data(tmp_path: Path) -> None:
+    with GGUFWriter(tmp_path / "m.gguf", header_only=True) as writer:
+        writer.add_tensor("a", (2, 4), GGMLType.F32)
+        with pytest.raises(GGUFError, match="holds no tensor data"):
+            writer.write_tensor("a", bytes(32))
+    with GGUFFile.open(tmp_path / "m.gguf", header_only=True) as file:
+        assert list(file.tensors) == ["a"]
