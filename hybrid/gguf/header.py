@@ -197,9 +197,14 @@ def _check_padding(cursor: Cursor, data_start: int) -> None:
     cursor.require(count, "the padding")
     padding = cursor.buffer[cursor.pos : cursor.pos + count]
     if padding.strip(b"\0"):
-        found, hint = repr(padding), "The tensor count may be too small."
+        at = len(padding) - len(padding.lstrip(b"\0"))
+        found, hint = repr(padding[at : at + 16]), "The tensor count may be too small."
         cursor.fail(
-            "the padding before the tensor data is not zero", expected="zeros", found=found, hint=hint
+            "the padding before the tensor data is not zero",
+            offset=cursor.pos + at,
+            expected="zeros",
+            found=found,
+            hint=hint,
         )
 
 

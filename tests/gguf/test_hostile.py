@@ -1,4 +1,10 @@
-"""Groups 1 to 15 of malformed files: each ends in a `GGUFError` that says what, where, expected and found."""
+"""Malformed files: each ends in a `GGUFError` that says what, where, expected and found.
+
+Cases are numbered by the kind of damage: 1 truncation and files of another kind, 2 magic, 3 version,
+4 impossible counts, 5 counts off by one, 6 keys and strings, 7 duplicate keys, 8 value types and arrays, 9 alignment,
+10 dimensions, 11 tensor types, 12 rows and blocks, 13 offsets, 14 overlaps and missing data, 15 tensor names;
+elsewhere in this folder 16 shards, 17 files that are no model and 22 damaged tensor data.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +35,8 @@ def _load_parts() -> ModuleType:
 
 
 _parts = _load_parts()
-Parts, entry, array, string, tensor = (
-    _parts.Parts, _parts.entry, _parts.array, _parts.string, _parts.tensor
+Parts, entry, array, string, tensor, ARCHITECTURE = (
+    _parts.Parts, _parts.entry, _parts.array, _parts.string, _parts.tensor, _parts.ARCHITECTURE
 )  # fmt: skip
 
 VALID = Parts()
@@ -104,6 +110,9 @@ CASES = [
     Case("05-n_tensors-one-too-many", VALID.but(n_tensors=3).build(), "empty tensor name", hint="count"),
     Case("05-n_tensors-one-too-few", VALID.but(n_tensors=1).build(), "padding .* is not zero",
          hint="too small"),
+    Case("05-n_tensors-one-too-few-with-a-MiB-of-padding",
+         VALID.but(n_tensors=1, keys=[ARCHITECTURE, entry("general.alignment", U32, u32(1 << 20))],
+                   padding=b"\1" * (1 << 20)).build(), "padding .* is not zero", hint="too small"),
     Case("05-n_kv-one-too-many", VALID.but(n_keys=2).build(), "."),
     Case("05-n_kv-one-too-many-before-padding", VALID.but(n_keys=2, tensors=[], data=bytes(64)).build(),
          "empty metadata key", hint="key count"),
