@@ -28,7 +28,7 @@ from hybrid.synth import resolve_shape, synthesise
 
 VOCAB, HIDDEN = 40, 8
 
-# design: the fields every row has, in any output format.
+# The fields every row has, in any output format.
 ROW_FIELDS = {
     "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts", "samples_ts", "isa", "n_threads", "numa",
     "placement_hash", "experts_per_token", "expert_threshold", "limit_kind", "limit_value",

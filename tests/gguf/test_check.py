@@ -1,4 +1,4 @@
-"""Damaged tensor data (group 22): NaN or infinite scales, and holes of unfinished downloads."""
+"""Damaged tensor data: NaN or infinite scales, holes of unfinished downloads (numbered as in `test_hostile`)."""
 
 from __future__ import annotations
 

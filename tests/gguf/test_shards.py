@@ -1,4 +1,7 @@
-"""Split files: opened from any shard, and refused where the shards do not fit together (group 16)."""
+"""Split files: opened from any shard, and refused where the shards do not fit together.
+
+Faults are numbered as in `test_hostile`.
+"""
 
 from __future__ import annotations
 
