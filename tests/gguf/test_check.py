@@ -1,4 +1,7 @@
-"""Damaged tensor data: NaN or infinite scales, holes of unfinished downloads (numbered as in `test_hostile`)."""
+"""Damaged tensor data: NaN or infinite scales, and holes of unfinished downloads.
+
+Faults are numbered as in `test_hostile`.
+"""
 
 from __future__ import annotations
 
