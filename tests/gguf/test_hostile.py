@@ -2,8 +2,8 @@
 
 Cases are numbered by the kind of damage: 1 truncation and files of another kind, 2 magic, 3 version,
 4 impossible counts, 5 counts off by one, 6 keys and strings, 7 duplicate keys, 8 value types and arrays,
-9 alignment, 10 dimensions, 11 tensor types, 12 rows and blocks, 13 offsets, 14 overlaps and missing data, 15 tensor names;
-elsewhere in this folder 16 shards, 17 files that are no model and 22 damaged tensor data.
+9 alignment, 10 dimensions, 11 tensor types, 12 rows and blocks, 13 offsets, 14 overlaps and missing data,
+15 tensor names; elsewhere in this folder 16 shards, 17 files that are no model and 22 damaged tensor data.
 """
 
 from __future__ import annotations
