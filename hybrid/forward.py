@@ -50,7 +50,11 @@ class SingleSequence:
 
     @torch.inference_mode()
     def extend(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> Iterator[torch.Tensor]:
-        """Appends tokens; yields hidden states ``[n, hidden]`` of successive pieces of them."""
+        """Appends tokens; yields float32 hidden states ``[n, hidden]`` of successive pieces of them.
+
+        Raises:
+            CapacityError: they do not fit the sequence.
+        """
         ids = self._checked(token_ids)
         for start in range(0, len(ids), self.chunk):
             piece = ids[start : start + self.chunk]
@@ -80,7 +84,14 @@ class SingleSequence:
 
     @torch.inference_mode()
     def next_logits(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> torch.Tensor:
-        """Appends tokens; logits ``[1, vocab_size]`` of what follows the last of them."""
+        """Appends tokens, at least one; float32 logits ``[1, vocab_size]`` of what follows the last of them.
+
+        Raises:
+            CapacityError: they do not fit the sequence.
+            ValueError: there is none.
+        """
+        if not len(token_ids):
+            raise ValueError("next_logits: expected at least one token id, found none")
         if len(token_ids) == 1:
             with single_torch_thread():
                 logits = self.model.decode(self._checked(token_ids), self._batch(1))

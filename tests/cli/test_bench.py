@@ -140,6 +140,11 @@ def test_too_long_a_sequence_is_refused_before_work() -> None:
     assert not model.steps
 
 
+def test_nothing_is_followed_by_nothing() -> None:
+    with pytest.raises(ValueError, match="at least one token id"):
+        SingleSequence(StubModel(), 2).next_logits([])
+
+
 def test_scored_positions_of_a_text() -> None:
     model = StubModel()
     sequence = SingleSequence(model, 300, chunk=100)
