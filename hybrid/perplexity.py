@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.errors import RequestError
+from hybrid.errors import ModelError, RequestError
 from hybrid.logprob_file import LogprobKey, LogprobReader, LogprobWriter
 
 _ROWS_AT_ONCE = 16  # bounds the float64 temporaries: 16 rows of 130,000 tokens are 17 MB
@@ -167,6 +167,7 @@ def evaluate(
         ConfigError: ``base`` does not fit this run.
         CapacityError: no room for ``save``.
         RequestError: a token id outside the model's vocabulary.
+        ModelError: the model computed NaN.
     """
     if windows.min() < 0 or windows.max() >= source.vocab_size:
         raise RequestError(f"token ids reach {windows.max()}, but the model has {source.vocab_size} tokens")
@@ -197,6 +198,11 @@ def _in_pieces(pieces: Iterator[Array]) -> Iterator[Array]:
 
 def _score(estimate: Estimate, log_probs: Array, targets: npt.NDArray[np.int32], base: Array | None) -> None:
     nll = -np.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0].astype(np.float64)
+    if np.isnan(nll).any():
+        raise ModelError(
+            f"window {estimate.windows_done + 1} of {estimate.num_windows}: the logits are not numbers (NaN): "
+            "the model's file or its kernels are broken"
+        )
     estimate.nll.add(nll)
     if base is None:
         return

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.errors import CapacityError, ConfigError, RequestError
+from hybrid.errors import CapacityError, ConfigError, ModelError, RequestError
 from hybrid.logprob_file import LogprobKey, LogprobReader, LogprobWriter
 from hybrid.perplexity import Estimate, Moments, cut_windows, evaluate, log_softmax
 
@@ -153,6 +153,16 @@ def test_moments_do_not_depend_on_the_pieces(values: list[float], cut: int) -> N
 def test_refused_windows(tokens: int, n_ctx: int, chunks: int | None, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         cut_windows(text_tokens(tokens), n_ctx, None, chunks)
+
+
+def test_nan_is_an_error_and_no_perplexity(tmp_path: Path) -> None:
+    model = StubModel()
+    model.table[7, 3] = np.nan
+    saved = tmp_path / "base.bin"
+    windows = cut_windows([1] * 64 + [7] * 64, 64, bos_id=None)
+    with pytest.raises(ModelError, match="window 2 of 2: the logits are not numbers"):
+        last(evaluate(model, windows, save=str(saved)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_token_outside_the_vocabulary() -> None:
