@@ -21,6 +21,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -166,7 +167,7 @@ class LogprobReader:
         if size != self.key.file_bytes:
             self._fail("the file is incomplete", f"{self.key.file_bytes} bytes", size)
 
-    def _fail(self, problem: str, expected: object, found: object) -> None:
+    def _fail(self, problem: str, expected: object, found: object) -> NoReturn:
         raise ConfigError(f"{self.path}: {problem}: expected {expected}, found {found}")
 
     def read(self, num_rows: int) -> Array:
