@@ -200,7 +200,7 @@ def _score(estimate: Estimate, log_probs: Array, targets: npt.NDArray[np.int32],
     nll = -np.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0].astype(np.float64)
     if np.isnan(nll).any():
         raise ModelError(
-            f"window {estimate.windows_done + 1} of {estimate.num_windows}: the logits are not numbers (NaN): "
+            f"window {estimate.windows_done + 1} of {estimate.num_windows}: the logits are not numbers: "
             "the model's file or its kernels are broken"
         )
     estimate.nll.add(nll)
