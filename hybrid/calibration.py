@@ -7,24 +7,30 @@ model; plans use what is there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hybrid.config import BLOCK_SIZE
 from hybrid.free_memory import available_memory
 from hybrid.gguf import TRAITS, GGMLType, random_blocks
 from hybrid.kernels import cpu
+from hybrid.log import get_logger
 from hybrid.placement.capabilities import CPU_FORMATS
 from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
 from hybrid.system_files import processor_name
+
+logger = get_logger(__name__)
 
 # Tokens of a product for which weights are timed: decoding, an expert's share of a prompt, a prompt.
 TOKENS = (1, 16, 128)
@@ -34,6 +40,8 @@ _BATCH_BYTES = 256 << 20  # of weights read in turn: several times the last-leve
 _SECONDS = 0.05
 _ROUNDS = 3  # apart in time, since other processes disturb
 _HEADS, _LATENT, _ROPE, _KEYS = 16, 512, 64, 2048
+
+_Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 def this_machine(num_threads: int | None = None, isa: str | None = None) -> Machine:
@@ -53,26 +61,44 @@ def rates_path(num_threads: int, isa: str) -> Path:
 
 
 def read_rates(num_threads: int, isa: str) -> Rates | None:
-    """Rates measured before; ``None`` where there are none, or the file is not ours."""
+    """Rates measured before; ``None`` where there are none. A file that holds none is named in the log."""
+    path = rates_path(num_threads, isa)
     try:
-        found = json.loads(rates_path(num_threads, isa).read_text())
-        weight_s = {
-            str(name): {int(tokens): float(seconds) for tokens, seconds in points.items()}
-            for name, points in found["weight_s"].items()
-        }
-        return Rates(
-            float(found["read_bandwidth"]),
-            float(found["call_s"]),
-            float(found["attention_macs"]),
-            weight_s,
-            num_threads,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        text = path.read_text()
+    except OSError:
+        return None
+    try:
+        return _parse_rates(text, num_threads)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s holds no rates (%r); `hybrid doctor` measures anew", path, error)
         return None
 
 
+def _parse_rates(text: str, num_threads: int) -> Rates:
+    found = json.loads(text)
+    weight_s = {
+        str(name): {int(tokens): _positive(seconds) for tokens, seconds in points.items()}
+        for name, points in found["weight_s"].items()
+    }
+    if not all(points and min(points) > 0 for points in weight_s.values()):
+        raise ValueError("expected times for numbers of tokens above 0")
+    return Rates(
+        _positive(found["read_bandwidth"]),
+        _positive(found["call_s"]),
+        _positive(found["attention_macs"]),
+        weight_s,
+        num_threads,
+    )
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"expected a number above 0, found {value!r}")
+    return float(value)
+
+
 def write_rates(rates: Rates, isa: str) -> None:
-    """Keep rates for later plans; a folder that cannot be written is no failure."""
+    """Keep rates for later plans; a folder that cannot be written is no failure, and is logged."""
     path = rates_path(rates.num_threads, isa)
     content = {
         "processor": processor_name(),
@@ -81,13 +107,15 @@ def write_rates(rates: Rates, isa: str) -> None:
         "attention_macs": rates.attention_macs,
         "weight_s": rates.weight_s,
     }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(content, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError:
-        return
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(path)
+    except OSError as error:
+        logger.info("%s: the rates cannot be kept: %s", path, error.strerror)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def calibrate(
@@ -156,7 +184,7 @@ def measure_call(pool: cpu.ThreadPool) -> float:
 
 def measure_attention(pool: cpu.ThreadPool) -> float:
     """Multiply-adds per second of one token's latent attention over 2048 others."""
-    head_dim, width, num_blocks = 192, _LATENT + _ROPE, _KEYS // 64
+    head_dim, width, num_blocks = 192, _LATENT + _ROPE, _KEYS // BLOCK_SIZE
     q = np.zeros((_HEADS, head_dim), np.float32)
     latent = np.zeros((_HEADS, _LATENT), np.float32)
     cache = np.zeros((_KEYS, width), np.float16)
@@ -172,9 +200,6 @@ def measure_attention(pool: cpu.ThreadPool) -> float:
         )  # fmt: skip
 
     return _KEYS * _HEADS * (width + _LATENT) / _median_seconds(step, least=3)
-
-
-_Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 def _address(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> int:

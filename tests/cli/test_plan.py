@@ -168,8 +168,16 @@ def test_measured_rates_are_used_for_this_machine_alone(capsys):
     assert calibration.read_rates(machine.num_threads, machine.isa) == rates
     assert json.loads(out(capsys, "-o", "json"))["predicted"]["rates"] == "measured"
     assert json.loads(out(capsys, "-o", "json", "--nodes", "2"))["predicted"]["rates"] == "estimated"
-    calibration.rates_path(machine.num_threads, machine.isa).write_text("[]")
-    assert calibration.read_rates(machine.num_threads, machine.isa) is None
+    path = calibration.rates_path(machine.num_threads, machine.isa)
+    kept = json.loads(path.read_text())
+    for bad in (
+        [],
+        kept | {"read_bandwidth": 0},
+        kept | {"call_s": float("nan")},
+        kept | {"weight_s": {"Q4_K": {}}},
+    ):
+        path.write_text(json.dumps(bad))
+        assert calibration.read_rates(machine.num_threads, machine.isa) is None
 
 
 def test_planning_imports_no_torch(v3):
