@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import gguf
 import numpy as np
 
 from hybrid.backends.isa import select_isa
 from hybrid.calibration import calibrate
 from hybrid.config import model_path
-from hybrid.describe import open_for_description, summarise
+from hybrid.describe import ModelSummary, model_type, open_for_description, summarise
 from hybrid.doctor import bandwidth
 from hybrid.engine.load import LoadedModel, LoadOptions, load
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.forward import SingleSequence
-from hybrid.gguf import GGMLType, GGUFFile
+from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.cost import run_tps
 from hybrid.placement.report import parts
@@ -64,7 +63,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rows of a run share. Bytes and counts are the model file's; ``predicted_ts`` is by label."""
+    """What all rows of a run share, by the names of llama-bench's fields where it has them.
+
+    ``model_size`` and ``model_n_params`` are the file's. ``active_bytes`` are those a token reads, as weights
+    are stored; ``routed_active_bytes`` the routed experts' part. ``read_bandwidth`` is in bytes per second,
+    ``predicted_ts`` in tokens per second by the label of a test.
+    """
 
     model_filename: str
     model_type: str
@@ -141,30 +145,42 @@ def prepare(
     announce("loading")
     loaded = load(path, replace(options, max_model_len=max(needed, 2)), progress)
     try:
-        dims, kv_format = loaded.header.dims, loaded.plan.size.kv_format
-        setup = Setup(
-            model_filename=str(path),
-            model_type=kind,
-            model_size=summary.n_bytes,
-            model_n_params=summary.parameters,
-            backends="+".join(device.upper() for device in loaded.plan.devices),
-            isa=loaded.isa,
-            n_threads=loaded.num_threads,
-            numa="none",
-            type_k=kv_format,
-            n_ubatch=options.max_num_batched_tokens,
-            placement_hash=loaded.plan.digest(),
-            experts_per_token=loaded.experts.per_token or summary.num_experts_per_tok or None,
-            expert_threshold=loaded.experts.threshold or None,
-            active_bytes=round(_active_bytes(loaded, *ROLES)),
-            routed_active_bytes=_active_bytes(loaded, "routed_experts"),
-            kv_bytes_per_token=cache_row_bytes(dims.cache_width, kv_format) * len(dims.layers),
-            read_bandwidth=read_bandwidth,
-            predicted_ts=_predict(loaded, tests, read_bandwidth, announce),
-        )
+        predicted = _predict(loaded, tests, read_bandwidth, announce)
+        setup = _setup(loaded, summary, kind, options, read_bandwidth, predicted)
         yield SingleSequence(loaded.engine.model, needed, options.max_num_batched_tokens), setup
     finally:
         loaded.engine.close()
+
+
+def _setup(
+    loaded: LoadedModel,
+    summary: ModelSummary,
+    kind: str,
+    options: LoadOptions,
+    read_bandwidth: float,
+    predicted_ts: dict[str, float | None],
+) -> Setup:
+    dims, kv_format = loaded.header.dims, loaded.plan.size.kv_format
+    return Setup(
+        model_filename=str(loaded.path),
+        model_type=kind,
+        model_size=summary.n_bytes,
+        model_n_params=summary.parameters,
+        backends="+".join(device.upper() for device in loaded.plan.devices),
+        isa=loaded.isa,
+        n_threads=loaded.num_threads,
+        numa="none",
+        type_k=kv_format,
+        n_ubatch=options.max_num_batched_tokens,
+        placement_hash=loaded.plan.digest(),
+        experts_per_token=loaded.experts.per_token or summary.num_experts_per_tok or None,
+        expert_threshold=loaded.experts.threshold or None,
+        active_bytes=round(_active_bytes(loaded, *ROLES)),
+        routed_active_bytes=_active_bytes(loaded, "routed_experts"),
+        kv_bytes_per_token=cache_row_bytes(dims.cache_width, kv_format) * len(dims.layers),
+        read_bandwidth=read_bandwidth,
+        predicted_ts=predicted_ts,
+    )
 
 
 def _active_bytes(loaded: LoadedModel, *roles: str) -> float:
@@ -269,19 +285,3 @@ def make_row(
         "limit_fraction": None if limit is None else token_bytes * average / limit,
         "predicted_ts": setup.predicted_ts.get(test.label),
     }
-
-
-def model_type(file: GGUFFile, num_parameters: int) -> str:
-    """``deepseek2 15.7B Q4_K_M``: architecture, parameters, the file's label or its most common format."""
-    sizes: dict[str, int] = {}
-    for info in file.tensors.values():
-        sizes[info.type.name] = sizes.get(info.type.name, 0) + info.n_bytes
-    label = max(sizes, key=lambda name: sizes[name], default="?")
-    stated = file.metadata.get("general.file_type")
-    if stated in list(gguf.LlamaFileType):
-        label = gguf.LlamaFileType(stated).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    if num_parameters >= 1e9:
-        size = f"{num_parameters / 1e9:.1f}B"
-    else:
-        size = f"{num_parameters / 1e6:.1f}M"
-    return f"{file.architecture} {size} {label}"

@@ -107,10 +107,22 @@ def summarise(
     )
 
 
-def active_bytes(file: GGUFFile) -> int:
-    """Bytes of weights one token reads."""
-    shares = ActiveShares(file)
-    return round(sum(_summarise_tensor(shares, info).active_bytes for info in file.tensors.values()))
+def model_type(file: GGUFFile, num_parameters: int) -> str:
+    """``deepseek2 15.7B Q4_K_M``: architecture, parameters, the file's label or its most common format."""
+    import gguf  # for the labels alone
+
+    sizes: dict[str, int] = {}
+    for info in file.tensors.values():
+        sizes[info.type.name] = sizes.get(info.type.name, 0) + info.n_bytes
+    label = max(sizes, key=lambda name: sizes[name], default="?")
+    stated = file.metadata.get("general.file_type")
+    if isinstance(stated, int) and stated in list(gguf.LlamaFileType):
+        label = gguf.LlamaFileType(stated).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    if num_parameters >= 1e9:
+        size = f"{num_parameters / 1e9:.1f}B"
+    else:
+        size = f"{num_parameters / 1e6:.1f}M"
+    return f"{file.architecture} {size} {label}"
 
 
 def is_header_only(file: GGUFFile) -> bool:
@@ -183,29 +195,32 @@ def report(file: GGUFFile, summary: ModelSummary) -> dict[str, Any]:
         "num_experts_per_tok": summary.num_experts_per_tok,
         "tensors_without_kernel": summary.without_kernel,
         "metadata": {key: shorten(value) for key, value in file.metadata.items()},
-        "roles": [
-            {
-                "role": role.role,
-                "tensors": role.num_tensors,
-                "parameters": role.parameters,
-                "bytes": role.n_bytes,
-                "active_bytes_per_token": round(role.active_bytes),
-                "formats": role.formats,
-            }
-            for role in summary.roles
-        ],
-        "tensors": [
-            {
-                "name": tensor.info.name,
-                "role": tensor.role,
-                "shape": list(tensor.info.shape),
-                "format": tensor.info.type.name,
-                "bytes": tensor.info.n_bytes,
-                "shard": tensor.info.shard,
-                "offset": tensor.info.offset,
-            }
-            for tensor in summary.tensors
-        ],
+        "roles": [_role_report(role) for role in summary.roles],
+        "tensors": [_tensor_report(tensor) for tensor in summary.tensors],
+    }
+
+
+def _role_report(role: RoleSummary) -> dict[str, Any]:
+    return {
+        "role": role.role,
+        "tensors": role.num_tensors,
+        "parameters": role.parameters,
+        "bytes": role.n_bytes,
+        "active_bytes_per_token": round(role.active_bytes),
+        "formats": role.formats,
+    }
+
+
+def _tensor_report(tensor: TensorSummary) -> dict[str, Any]:
+    info = tensor.info
+    return {
+        "name": info.name,
+        "role": tensor.role,
+        "shape": list(info.shape),
+        "format": info.type.name,
+        "bytes": info.n_bytes,
+        "shard": info.shard,
+        "offset": info.offset,
     }
 
 

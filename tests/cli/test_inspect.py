@@ -171,13 +171,13 @@ def test_special_cases_of_active_bytes(tmp_path: Path) -> None:
         expert_used_count=np.array([2, 4, 4], np.uint32),
     )
     with GGUFFile.open(path, header_only=True) as file:
-        active = describe.active_bytes(file)
-        names = {t.info.name: t.active_bytes for t in describe.summarise(file).tensors}
+        summary = describe.summarise(file)
+    names = {t.info.name: t.active_bytes for t in summary.tensors}
     expert = 32 * 34
     assert names["blk.0.ffn_up_exps.weight"] == 2 * expert
     assert names["blk.1.ffn_up_exps.weight"] == 4 * expert
     assert names["blk.2.ffn_up_exps.weight"] == names["blk.2.nextn.eh_proj.weight"] == 0
-    assert active == 101 * 128 + 2 * (2 * 32 * 34) + 6 * expert
+    assert summary.active_bytes == 101 * 128 + 2 * (2 * 32 * 34) + 6 * expert
 
 
 @pytest.mark.parametrize("used", [0, 9])
