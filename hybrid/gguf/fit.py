@@ -43,8 +43,8 @@ def _peak(x: F32) -> F32:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Sorted values a code may stand for."""
+class Grid:
+    """Sorted values, in uneven steps, that codes stand for."""
 
     values: F32
 
@@ -53,10 +53,7 @@ class _Table:
         return np.searchsorted((self.values[1:] + self.values[:-1]) / 2, x).astype(np.uint8)
 
 
-class Grid:
-    """Tables of the formats with uneven steps."""
-
-    IQ4_NL = _Table(IQ4_NL_VALUES)
+IQ4_NL_GRID = Grid(IQ4_NL_VALUES)
 
 
 def fit_integers(x: F32, low: int, high: int) -> F32:
@@ -74,8 +71,8 @@ def fit_integers(x: F32, low: int, high: int) -> F32:
     return best
 
 
-def fit_grid(x: F32, grid: _Table) -> F32:
-    """Scales d for x ~ d * v with v from a table."""
+def fit_grid(x: F32, grid: Grid) -> F32:
+    """Scales d for x ~ d * v with v from a grid."""
     inverse_peak = inverse(_peak(x))
     best_gain = np.full((len(x), 1), -1, dtype=np.float32)
     best = np.zeros((len(x), 1), dtype=np.float32)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hybrid.gguf.codebooks import MXFP4_VALUES
 from hybrid.gguf.dequantize_codebook import half_e8m0
 from hybrid.gguf.fields import F32, U8, f16_bytes, pack_fields
-from hybrid.gguf.fit import Grid, f16_round, fit_affine, fit_grid, fit_integers, inverse, round_clip
+from hybrid.gguf.fit import IQ4_NL_GRID, f16_round, fit_affine, fit_grid, fit_integers, inverse, round_clip
 from hybrid.gguf.quantize_k import K_ENCODERS
 from hybrid.gguf.types import TRAITS, GGMLType
 
@@ -117,8 +117,8 @@ def _q8_0(x: F32) -> U8:
 
 
 def _iq4_nl(x: F32) -> U8:
-    d = f16_round(fit_grid(x, Grid.IQ4_NL))
-    return np.hstack([f16_bytes(d), pack_fields(Grid.IQ4_NL.nearest(x * inverse(d)).reshape(-1, 2, 16), 4)])
+    d = f16_round(fit_grid(x, IQ4_NL_GRID))
+    return np.hstack([f16_bytes(d), pack_fields(IQ4_NL_GRID.nearest(x * inverse(d)).reshape(-1, 2, 16), 4)])
 
 
 def _mxfp4(x: F32) -> U8:

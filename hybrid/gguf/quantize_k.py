@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hybrid.gguf.fields import F32, U8, f16_bytes, flat, pack_fields, pack_k_scales
-from hybrid.gguf.fit import Grid, f16_round, fit_affine, fit_grid, fit_integers, inverse, round_clip
+from hybrid.gguf.fit import IQ4_NL_GRID, f16_round, fit_affine, fit_grid, fit_integers, inverse, round_clip
 from hybrid.gguf.types import GGMLType
 
 
@@ -81,9 +81,9 @@ def _q6_k(x: F32) -> U8:
 
 def _iq4_xs(x: F32) -> U8:
     n = len(x)
-    d, scales = _signed_scales(fit_grid(x.reshape(n * 8, 32), Grid.IQ4_NL).reshape(n, 8), -32, 31)
+    d, scales = _signed_scales(fit_grid(x.reshape(n * 8, 32), IQ4_NL_GRID).reshape(n, 8), -32, 31)
     step = (d * scales)[..., None]
-    q = Grid.IQ4_NL.nearest(x.reshape(n, 8, 32) * inverse(step))
+    q = IQ4_NL_GRID.nearest(x.reshape(n, 8, 32) * inverse(step))
     six = (scales + 32).astype(np.uint8)
     low = (six[:, 0::2] & np.uint8(15)) | (six[:, 1::2] << np.uint8(4))
     tops = (six >> np.uint8(4)).astype(np.uint16) << np.arange(0, 16, 2, dtype=np.uint16)
