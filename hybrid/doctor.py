@@ -63,6 +63,8 @@ class IsaChoice:
 
 @dataclass(frozen=True)
 class NumaNode:
+    """``cpus`` as the kernel lists them, ``0-3,8``."""
+
     node: int
     cpus: str
     total_bytes: int
@@ -100,6 +102,8 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Gpu:
+    """As nvidia-smi states it; ``memory_bytes`` is None where it does not, ``pcie`` is ``4.0 x16``."""
+
     name: str
     memory_bytes: int | None
     driver: str

@@ -165,7 +165,7 @@ class ChatTemplate:
             raise RequestError(f"the chat template refuses these messages: {error}") from None
         except LimitExceeded as error:
             raise TokenizerError(f"the chat template was stopped: {error}") from None
-        except (Exception, RecursionError) as error:
+        except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:500]}"
             raise TokenizerError(f"the chat template failed: {reason}") from None
         return text

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         longest = planner.model.dims.context_length or DEFAULT_MAX_MODEL_LEN
         context = context_of(args.ctx_size, planner.rule_set, longest)
         if context > longest:
-            raise ConfigError(f"-c: expected at most the {longest} tokens the model was made for")
+            raise ConfigError(
+                f"-c: expected at most the {longest} tokens the model was made for, found {context}"
+            )
         kv_format = kv_format_of(args.kv_format, planner.rule_set)
         size = RunSize(context, args.parallel, args.ubatch_size, kv_format)
         if args.explain is not None:

@@ -33,6 +33,8 @@ class MLAWeights:
 
 @dataclass(frozen=True)
 class MLAShape:
+    """Widths of a head in numbers, and what its scores are multiplied by (YaRN's part included)."""
+
     num_heads: int
     nope_dim: int
     rope_dim: int

@@ -103,7 +103,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         raise TokenizerError("tokenizer.ggml.scores: missing; a `llama` vocabulary merges by its scores")
     special = {
         name: read_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens))
-        for name in ("bos", "eos", "unknown", "padding", "seperator", "mask")
+        for name in ("bos", "eos", "unknown", "padding", "seperator", "mask")  # GGUF's own spelling
     }
     if is_spm:  # SentencePiece's own defaults
         for name, default in (("unknown", 0), ("bos", 1), ("eos", 2)):
