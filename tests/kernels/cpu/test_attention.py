@@ -155,13 +155,13 @@ def test_model_shape() -> None:
     world.check(world.run_all())
 
 
+@pytest.mark.usefixtures("restored_isa")
 def test_isas_give_equal_bits() -> None:
     world = World(Shape(5, 96, 16, "bf16"), [(600, 3), (64, 1)])
-    before, outs = cpu.current_isa(), []
+    outs = []
     for name in cpu.supported_isas():
         cpu.select_isa(name)
         outs.append(world.run_all())
-    cpu.select_isa(before)
     for out in outs[1:]:
         np.testing.assert_array_equal(out, outs[0])
 
@@ -292,12 +292,12 @@ def test_append_matches_float64(isa: str, heads: int, latent: int, rope: int, fm
     assert np.isnan(cache[untouched]).all()
 
 
+@pytest.mark.usefixtures("restored_isa")
 def test_append_bits_do_not_depend_on_threads_or_isa() -> None:
-    shape, before, results = Shape(16, 512, 64), cpu.current_isa(), []
+    shape, results = Shape(16, 512, 64), []
     for name in cpu.supported_isas():
         cpu.select_isa(name)
         results += [append(shape, 100, threads) for threads in (1, 2, 3)]
-    cpu.select_isa(before)
     for other in results[1:]:
         np.testing.assert_array_equal(other[1], results[0][1])
         np.testing.assert_array_equal(other[-1], results[0][-1])

@@ -7,12 +7,8 @@ from hybrid.kernels import cpu
 
 
 @pytest.mark.parametrize("num_threads", [0, 1])
-@pytest.mark.parametrize("isa", cpu.supported_isas())
 def test_measures_something_plausible(isa: str, num_threads: int) -> None:
-    before = cpu.current_isa()
-    cpu.select_isa(isa)
     rate = cpu.measure_read_bandwidth(cpu.ThreadPool(2, []), 64 << 20, 0.05, num_threads)
-    cpu.select_isa(before)
     # A loop that is optimised away or reads the zero page would pass 2 TB/s on two threads.
     assert 1e8 < rate < 2e12
 

@@ -198,8 +198,8 @@ def test_k_quantised_down(isa: str, tokens: int) -> None:
     layer.check(layer.run(x, ids, weights), x, ids, weights)
 
 
+@pytest.mark.usefixtures("restored_isa")
 def test_isas_give_equal_bits() -> None:
-    before = cpu.current_isa()
     for kinds in KINDS[:4]:
         layer = Layer(kinds, 6, 256, 352)
         x, ids, weights = layer.inputs(30, k=3)
@@ -207,7 +207,6 @@ def test_isas_give_equal_bits() -> None:
         for name in cpu.supported_isas():
             cpu.select_isa(name)
             outs.append(layer.run(x, ids, weights))
-        cpu.select_isa(before)
         for out in outs[1:]:
             np.testing.assert_array_equal(out, outs[0])
 

@@ -17,11 +17,11 @@ def address(a: np.ndarray | None) -> int:
 
 
 def on_every_isa(call):  # type: ignore[no-untyped-def]
-    before, results = cpu.current_isa(), []
+    """Results of ``call`` with each ISA of the host; for tests that use `restored_isa`."""
+    results = []
     for name in cpu.supported_isas():
         cpu.select_isa(name)
         results.append(call())
-    cpu.select_isa(before)
     return results
 
 
@@ -56,6 +56,7 @@ def test_rms_norm(isa: str, dim: int, tokens: int) -> None:
     np.testing.assert_allclose(out, reference(total), rtol=rtol, atol=1e-30)
 
 
+@pytest.mark.usefixtures("restored_isa")
 def test_rms_norm_bits_do_not_depend_on_threads_mates_or_isa() -> None:
     rng = np.random.default_rng(1)
     x, weight = (
@@ -184,6 +185,7 @@ def test_route_keeps_ids_in_range_for_any_logits(isa: str, scoring: str, value: 
     assert np.isfinite(weights[[0, 3]]).all()
 
 
+@pytest.mark.usefixtures("restored_isa")
 def test_route_bits_do_not_depend_on_threads_mates_or_isa() -> None:
     logits = np.random.default_rng(4).standard_normal((150, 160)).astype(np.float32)
     ids, weights = route(logits, 6, "softmax", groups=8, topk_groups=3)
@@ -267,6 +269,7 @@ def test_transposed_product_of_short_rows(isa: str, cols: int) -> None:
     np.testing.assert_allclose(transposed(matrix, x, cols), wanted, rtol=0, atol=atol)
 
 
+@pytest.mark.usefixtures("restored_isa")
 def test_transposed_product_bits_do_not_depend_on_threads_mates_or_isa() -> None:
     matrix, _ = stack(GGMLType.Q4_K, 3, 24, 512)
     x = inputs(65, 3, 24)
