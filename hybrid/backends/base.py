@@ -22,10 +22,9 @@ from typing import Any, Literal, Protocol
 import torch
 
 from hybrid.backends.source import TensorSource
+from hybrid.config import KVFormat
 from hybrid.gguf import GGMLType
 from hybrid.kvcache.blocks import AttentionBatch
-
-CacheFormat = Literal["f32", "f16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Backend(ABC):
         """Bytes the weight occupies on the device, padding included."""
 
     @abstractmethod
-    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
+    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``latent_dim + rope_dim``."""
 
     @abstractmethod
