@@ -127,12 +127,7 @@ void Handoff::check() const {
 }
 
 void Handoff::serve() {
-  while (Job* job = next_job()) {
-    const auto begin = Clock::now();
-    run(*job);
-    busy_ns_.fetch_add(std::chrono::nanoseconds(Clock::now() - begin).count(), std::memory_order_relaxed);
-    num_done_.fetch_add(1, std::memory_order_relaxed);
-  }
+  while (Job* job = next_job()) run(*job);
 }
 
 // Null: the end.
@@ -149,6 +144,7 @@ Handoff::Job* Handoff::next_job() {
 }
 
 void Handoff::run(Job& job) noexcept {
+  const auto begin = Clock::now();
   try {
     check();
     compute(job);
@@ -157,6 +153,8 @@ void Handoff::run(Job& job) noexcept {
   } catch (...) {
     fail(job, "an unknown exception");
   }
+  busy_ns_.fetch_add(std::chrono::nanoseconds(Clock::now() - begin).count(), std::memory_order_relaxed);
+  num_done_.fetch_add(1, std::memory_order_relaxed);
   {
     const std::lock_guard<std::mutex> hold(lock_);
     job.state.store(Job::kFinished, std::memory_order_release);

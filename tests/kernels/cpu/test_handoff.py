@@ -178,6 +178,7 @@ def test_a_layer_that_takes_too_long(pack):
         pytest.fail("the limit was never passed")
     submit(next_.job)  # neither call hangs
     wait(next_.job)
+    del handoff  # before the buffers it may still be writing
 
 
 def test_order_of_calls(handoff, pack):
