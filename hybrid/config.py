@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from hybrid.errors import ConfigError
 
-KVFormat = Literal["f32", "f16", "bf16"]
-CACHE_BYTES: dict[KVFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
+KVFormat = Literal["f32", "f16", "bf16", "q8_0"]
+KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 BLOCK_SIZE = 64  # tokens per cache block; a power of two, and a divisor of the 512-token KV split
 DEFAULT_MAX_MODEL_LEN = 8192  # context when none is asked for and the model has more
 MAX_WHOLE_LOGPROBS_BYTES = 2 << 30  # one request's log-probabilities of the whole vocabulary

@@ -85,7 +85,7 @@ def summarise(
 
     Args:
         file: opened with or without its data.
-        kv_format: ``f32``, ``f16`` or ``bf16``, for the cache's bytes.
+        kv_format: one of `hybrid.config.KV_FORMATS`, for the cache's bytes.
         has_kernel: whether a tensor type id can be computed with on this machine.
 
     Raises:

@@ -141,9 +141,9 @@ VARIABLES: dict[str, EnvVar] = {
         integer(0), "an integer >= 0", "context tokens; 0 = the model's own (default: that, at most 8192)"
     ),
     "HYBRID_KV_FORMAT": EnvVar(
-        one_of("f32", "f16", "bf16"),
-        "f32, f16 or bf16",
-        "format of the KV cache: f32, f16 or bf16 (default: f16)",
+        one_of("f32", "f16", "bf16", "q8_0"),
+        "f32, f16, bf16 or q8_0",
+        "format of the KV cache: f32, f16, bf16 or q8_0 (default: f16)",
     ),
     "HYBRID_EXPERTS_PER_TOKEN": EnvVar(
         integer(1), _COUNT, "run so many of a token's experts, the best (default: the model's number)"

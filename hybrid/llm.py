@@ -37,7 +37,7 @@ class LLM:
             else what the model was made for, at most 8192; 0: what the model was made for.
         num_threads: CPU threads. Default: ``HYBRID_THREADS``, else one for each physical core.
         isa: CPU kernels to use. Default: ``HYBRID_ISA``, else the best of the host.
-        kv_format: ``"f32"``, ``"f16"`` or ``"bf16"``. Default: the rules', else ``"f16"``.
+        kv_format: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``. Default: the rules', else ``"f16"``.
         seed: requests without a seed of their own follow from it.
         max_num_seqs: requests computed at once; each has room for a full context.
         max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.

@@ -26,13 +26,6 @@ from hybrid.config import KVFormat
 from hybrid.gguf import GGMLType
 from hybrid.kvcache.blocks import AttentionBatch
 
-CacheFormat = KVFormat
-CACHE_DTYPES: dict[CacheFormat, torch.dtype] = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-
 
 @dataclass(frozen=True)
 class RouterConfig:
@@ -90,7 +83,7 @@ class Backend(ABC):
         """Bytes the weight occupies on the device, padding included."""
 
     @abstractmethod
-    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
+    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``latent_dim + rope_dim``."""
 
     @abstractmethod

@@ -12,24 +12,32 @@ from typing import Any
 
 import torch
 
-from hybrid.backends.base import CACHE_DTYPES, Backend, CacheFormat, Recording, RouterConfig
+from hybrid.backends.base import Backend, Recording, RouterConfig
 from hybrid.backends.source import TensorSource
+from hybrid.config import KVFormat
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
-from hybrid.placement.capabilities import GROUP_ROWS
+from hybrid.placement.capabilities import GROUP_ROWS, cache_row_bytes
 from hybrid.placement.memory import STAGING_BYTES
 
 _HOST = torch.device("cpu")
+_CACHE_DTYPES: dict[KVFormat, torch.dtype] = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "q8_0": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """The latent cache of a layer, ``[num_blocks * BLOCK_SIZE, latent_dim + rope_dim]``."""
+    """The latent cache of a layer: ``[num_blocks * BLOCK_SIZE, latent_dim + rope_dim]``, flat; of q8_0 the
+    codes, and behind them the scales (`kernels/cpu/attention.h`)."""
 
     data: torch.Tensor
-    fmt: CacheFormat
+    fmt: KVFormat
     num_blocks: int
     latent_dim: int
     rope_dim: int
@@ -111,11 +119,11 @@ class CpuBackend(Backend):
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.nbytes)
 
-    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
-        shape = (num_blocks * BLOCK_SIZE, latent_dim + rope_dim)
-        return LatentCache(
-            torch.zeros(shape, dtype=CACHE_DTYPES[fmt], device=_HOST), fmt, num_blocks, latent_dim, rope_dim
-        )
+    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
+        dtype = _CACHE_DTYPES[fmt]
+        n_bytes = num_blocks * BLOCK_SIZE * cache_row_bytes(latent_dim + rope_dim, fmt)
+        data = torch.zeros(n_bytes // dtype.itemsize, dtype=dtype, device=_HOST)
+        return LatentCache(data, fmt, num_blocks, latent_dim, rope_dim)
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.is_cpu else x.to(self.device)

@@ -13,12 +13,20 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from hybrid.backends.base import CACHE_DTYPES, Backend, CacheFormat, RouterConfig
+from hybrid.backends.base import Backend, RouterConfig
 from hybrid.backends.source import TensorSource
+from hybrid.config import KVFormat
 from hybrid.gguf import DEQUANTIZABLE, GGMLType
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
 _FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
+_CACHE_DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "q8_0": torch.float32,  # of rounded numbers
+}
+_CACHE_SCALE_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,20 @@ class FloatMatrix:
     quantized: bool
 
 
-def round_to_q8(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as int8 codes with one scale for every 256 columns of a row would hold it."""
+@dataclass(frozen=True)
+class FloatCache:
+    """``[num_blocks * BLOCK_SIZE, latent_dim + rope_dim]``, and the format whose rounding it has."""
+
+    rows: torch.Tensor
+    fmt: KVFormat
+
+
+def round_to_q8(x: torch.Tensor, cols: int = 256, *, half_scales: bool = False) -> torch.Tensor:
+    """``x`` as int8 codes with one scale for every ``cols`` columns of a row would hold it."""
     pieces = []
-    for block in torch.split(x, 256, dim=-1):
+    for block in torch.split(x, cols, dim=-1):
         scale = block.abs().amax(dim=-1, keepdim=True) / 127
+        scale = scale.half().float() if half_scales else scale
         pieces.append(torch.where(scale > 0, torch.round(block / scale) * scale, block))
     return torch.cat(pieces, dim=-1)
 
@@ -67,8 +84,9 @@ class FakeBackend(Backend):
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.values.nbytes)
 
-    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: CacheFormat) -> Any:
-        return torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=CACHE_DTYPES[fmt])
+    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
+        rows = torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=_CACHE_DTYPES[fmt])
+        return FloatCache(rows, fmt)
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device)
@@ -110,7 +128,9 @@ class FakeBackend(Backend):
         q[..., -rope_dim:] = _rotate(q[..., -rope_dim:], cos_sin[:, None])
         latent = F.rms_norm(kv[:, :-rope_dim], kv_norm.shape, kv_norm, eps)
         rows = torch.cat((latent, _rotate(kv[:, -rope_dim:], cos_sin)), dim=-1)
-        cache[batch.slot_mapping.long()] = rows.to(cache.dtype)
+        if cache.fmt == "q8_0":
+            rows = round_to_q8(rows, _CACHE_SCALE_BLOCK, half_scales=True)
+        cache.rows[batch.slot_mapping.long()] = rows.to(cache.rows.dtype)
 
     def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
         q_nope = q[..., :nope_dim]
@@ -122,13 +142,13 @@ class FakeBackend(Backend):
         self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
     ) -> torch.Tensor:
         latent_dim = q_latent.shape[-1]
-        q_all = torch.cat((q_latent, q[..., q.shape[-1] - (cache.shape[1] - latent_dim) :]), dim=-1)
+        q_all = torch.cat((q_latent, q[..., q.shape[-1] - (cache.rows.shape[1] - latent_dim) :]), dim=-1)
         out = torch.empty_like(q_latent)
         for s, length in enumerate(batch.seq_lens.tolist()):
             start, stop = batch.query_start[s : s + 2].tolist()
             slots = torch.arange(length)
             blocks = batch.block_tables[s].long()[slots // BLOCK_SIZE]
-            keys = cache[blocks * BLOCK_SIZE + slots % BLOCK_SIZE].float()
+            keys = cache.rows[blocks * BLOCK_SIZE + slots % BLOCK_SIZE].float()
             scores = torch.einsum("thd,kd->htk", q_all[start:stop], keys) * scale
             hidden = slots[None] > batch.positions[start:stop].long()[:, None]
             probabilities = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)

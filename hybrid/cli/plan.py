@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.cli import arguments
 from hybrid.cli.machine import add_machine, machine_of
+from hybrid.config import KV_FORMATS
 from hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-c", "--ctx-size")
     arguments.flag(parser, "-ub", "--ubatch-size", default=512)
     arguments.flag(parser, "-np", "--parallel", default=1)
-    arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", choices=_CACHE_FORMATS)
+    arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", choices=KV_FORMATS)
     arguments.add_rules(parser)
     arguments.flag(parser, "--fit")
     arguments.add_experts(parser)
@@ -39,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(output, "--emit")
 
 
-_CACHE_FORMATS = ("f32", "f16", "bf16", "q8_0")
 _THRESHOLD = "speed is predicted as if the threshold dropped no experts; how many it does shows when running"
 
 

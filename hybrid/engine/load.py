@@ -13,9 +13,9 @@ from hybrid import env
 from hybrid.backends.isa import select_isa
 from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
-from hybrid.config import CACHE_BYTES, EngineConfig, ExpertUse, KVFormat, model_path
+from hybrid.config import KV_FORMATS, EngineConfig, ExpertUse, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
-from hybrid.errors import ConfigError, PlacementError
+from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.log import get_logger
 from hybrid.models.loader import load_model
@@ -52,8 +52,8 @@ class LoadOptions:
     expert_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_format not in (None, *CACHE_BYTES):
-            raise ConfigError(f"kv_format: expected {', '.join(CACHE_BYTES)}, found {self.kv_format!r}")
+        if self.kv_format not in (None, *KV_FORMATS):
+            raise ConfigError(f"kv_format: expected {', '.join(KV_FORMATS)}, found {self.kv_format!r}")
         if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
             raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
@@ -151,11 +151,6 @@ def _plan(planner: Planner, options: LoadOptions, config: EngineConfig) -> Plan:
         kv_format_of(options.kv_format, planner.rule_set),
     )
     planned = planner.plan(size, fit=options.fit)
-    format_ = planned.size.kv_format
-    if format_ not in CACHE_BYTES:
-        where = "" if planner.rule_set is None else f"{planner.rule_set.where('kv_cache.format')}: "
-        known = ", ".join(CACHE_BYTES)
-        raise PlacementError(f"{where}format: this build runs caches of {known}, found {format_}")
     for warning in planned.warnings:
         logger.warning("%s", warning)
     return planned

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hybrid.backends.base import Backend, CacheFormat
+from hybrid.backends.base import Backend
+from hybrid.config import KVFormat
 from hybrid.kvcache.blocks import AttentionBatch
 
 
@@ -51,7 +52,7 @@ class MLAAttention:
         self.rope = backend.receive(rope)
         self.cache: Any = None
 
-    def allocate_cache(self, num_blocks: int, fmt: CacheFormat) -> None:
+    def allocate_cache(self, num_blocks: int, fmt: KVFormat) -> None:
         shape = self.shape
         self.cache = self.backend.allocate_latent_cache(num_blocks, shape.kv_lora_rank, shape.rope_dim, fmt)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from hybrid.backends.base import CacheFormat
+from hybrid.config import KVFormat
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.layers.attention import MLAAttention, MLAShape, MLAWeights
 from hybrid.layers.linear import Embedding, Linear
@@ -64,7 +64,7 @@ class DeepseekForCausalLM:
         counts = [moe.router.counter.read() for moe in self._moes]
         return ExpertCount(*(sum(numbers) for numbers in zip(*counts, strict=True)))
 
-    def allocate_cache(self, num_blocks: int, fmt: CacheFormat) -> None:
+    def allocate_cache(self, num_blocks: int, fmt: KVFormat) -> None:
         for layer in self.layers:
             layer.attention.allocate_cache(num_blocks, fmt)
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from hybrid.backends.base import Backend, CacheFormat
+from hybrid.backends.base import Backend
+from hybrid.config import KVFormat
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
+from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
-
-_CACHE_BYTES: dict[CacheFormat, int] = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 class Model:
@@ -34,7 +34,7 @@ class Model:
         network: Any,
         plan: Plan,
         backends: dict[str, Backend],
-        kv_format: CacheFormat,
+        kv_format: KVFormat,
         loaded_bytes: dict[tuple[str, str], int],
     ) -> None:
         self.config = network.config
@@ -60,7 +60,7 @@ class Model:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache a token takes over all layers."""
-        return int(self.config.num_layers * self.config.cache_width * _CACHE_BYTES[self.kv_format])
+        return int(self.config.num_layers * cache_row_bytes(self.config.cache_width, self.kv_format))
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
@@ -112,7 +112,7 @@ def load_model(
     plan: Plan,
     max_model_len: int,
     num_threads: int | None = None,
-    kv_format: CacheFormat = "f16",
+    kv_format: KVFormat = "f16",
     progress: Progress | None = None,
     config: Any = None,
 ) -> Model:

@@ -61,8 +61,7 @@ CUDA_FORMATS = frozenset(
 # Columns of a row must be a multiple of this where it is not the format's own block.
 _PACKED_COLUMNS = {GGMLType.BF16: 2}
 
-_CACHE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8}
-CACHE_FORMATS = tuple(_CACHE_BITS)
+_CACHE_BITS: dict[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8}
 _Q8_BLOCK = 32  # numbers that share a float16 scale in a q8_0 cache row
 
 

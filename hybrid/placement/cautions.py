@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybrid.config import CACHE_BYTES
 from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import can_multiply, kind_of
 from hybrid.placement.memory import Model
@@ -14,7 +13,6 @@ from hybrid.placement.sections import EXPERT_CACHE
 
 # What loading takes today; a plan may hold more.
 RUNNABLE_KINDS = ("cpu", "fake")
-RUNNABLE_CACHE_FORMATS = tuple(CACHE_BYTES)
 RUNNABLE_NUMA = ("none",)
 _NEARLY_FULL = 0.97
 
@@ -24,8 +22,6 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
     absent = [device for device in plan.devices if kind_of(device) not in RUNNABLE_KINDS]
     if absent:
         yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
-    if plan.size.kv_format not in RUNNABLE_CACHE_FORMATS:
-        yield f"this build does not run a cache of {plan.size.kv_format}: plan it, but load another"
     modes = sorted({part.numa for p in plan.placements.values() for part in p.parts} - {*RUNNABLE_NUMA})
     if modes:
         yield f"this build does not place memory by NUMA node yet: {', '.join(modes)} is planned, not done"

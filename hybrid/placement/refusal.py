@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hybrid.config import KV_FORMATS
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
-from hybrid.placement.cautions import RUNNABLE_CACHE_FORMATS
 from hybrid.placement.memory import SMALLEST_BATCH
 from hybrid.placement.size_text import size_text
 
@@ -102,7 +102,7 @@ def _largest_open(found: Plan, device: str) -> str:
 def _smaller_formats(kv_format: str) -> list[str]:
     """Cache formats that take fewer bytes, the largest first."""
     taken = cache_row_bytes(32, kv_format)
-    smaller = [f for f in RUNNABLE_CACHE_FORMATS if cache_row_bytes(32, f) < taken]
+    smaller = [f for f in KV_FORMATS if cache_row_bytes(32, f) < taken]
     return sorted(smaller, key=lambda f: -cache_row_bytes(32, f))
 
 

@@ -7,6 +7,7 @@ work, or after a fork, raises ``RuntimeError``.
 """
 
 from hybrid.kernels.cpu._cpu import (
+    Handoff,
     PackedMatrix,
     Recording,
     ThreadPool,
@@ -39,6 +40,7 @@ from hybrid.kernels.cpu._cpu import (
 )
 
 __all__ = [
+    "Handoff",
     "PackedMatrix",
     "Recording",
     "ThreadPool",

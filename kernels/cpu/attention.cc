@@ -199,12 +199,22 @@ class Attention {
   void load_keys(int32_t sequence, int32_t index, int32_t count, float* keys) const {
     const LatentCache& cache = args_.cache;
     const int64_t id = args_.block_tables[sequence * args_.block_table_stride + index];
-    const int64_t latent_bytes = cache.latent_dim * (cache.format == CacheFormat::kF32 ? 4 : 2);
-    for (int32_t k = 0; k < count; ++k) {
-      const uint8_t* row = cache.row(id * kCacheBlock + k);
-      ops_.decode(row, cache.latent_dim, cache.format, keys + k * width_);
-      ops_.decode(row + latent_bytes, cache.rope_dim, cache.format, keys + k * width_ + latent_width_);
+    for (int32_t k = 0; k < count; ++k) load_key(id * kCacheBlock + k, keys + k * width_);
+  }
+
+  void load_key(int64_t slot, float* key) const {
+    const LatentCache& cache = args_.cache;
+    const int64_t latent = cache.latent_dim;
+    if (cache.format == CacheFormat::kQ8_0) {
+      const int8_t* codes = cache.codes(slot);
+      const uint16_t* scales = cache.scales(slot);
+      ops_.decode_q8(codes, scales, latent, key);
+      ops_.decode_q8(codes + latent, scales + latent / kScaleBlock, cache.rope_dim, key + latent_width_);
+      return;
     }
+    const uint8_t* row = cache.row(slot);
+    ops_.decode(row, latent, cache.format, key);
+    ops_.decode(row + latent * cache.element_bytes(), cache.rope_dim, cache.format, key + latent_width_);
   }
 
   void save_state(const Workspace& w, int64_t row, float* target) const {
@@ -264,6 +274,10 @@ void check_cache(const LatentCache& cache, int64_t head_dim, const char* operati
     refuse(std::string(operation) + ": a latent cache needs at least one block, one latent column and an even rope_dim; found " +
            number(cache.num_blocks) + " blocks, latent_dim " + number(cache.latent_dim) + ", rope_dim " +
            number(cache.rope_dim));
+  }
+  if (cache.format == CacheFormat::kQ8_0 && cache.latent_dim % kScaleBlock != 0) {
+    refuse(std::string(operation) + ": a q8_0 cache needs a latent_dim that is a multiple of " + number(kScaleBlock) +
+           ", found " + number(cache.latent_dim));
   }
   if (head_dim < cache.rope_dim) {
     refuse(std::string(operation) + ": a query head of " + number(head_dim) + " columns cannot end in rope_dim " +
@@ -341,7 +355,12 @@ void mla_append(ThreadPool& pool, const MlaAppendArgs& args) {
     ops.rms_norm(args.kv + t * width, args.kv_norm, nullptr, args.eps, cache.latent_dim, row);
     memcpy(row + cache.latent_dim, args.kv + t * width + cache.latent_dim, cache.rope_dim * sizeof(float));
     ops.rotate(row + cache.latent_dim, rope, cache.rope_dim);
-    ops.encode(row, width, cache.format, cache.row(args.slot_mapping[t]));
+    const int64_t slot = args.slot_mapping[t];
+    if (cache.format == CacheFormat::kQ8_0) {
+      ops.encode_q8(row, width, cache.codes(slot), cache.scales(slot));
+    } else {
+      ops.encode(row, width, cache.format, cache.row(slot));
+    }
   });
 }
 

@@ -1,7 +1,9 @@
 // Attention over the paged latent cache, and writing that cache.
 //
 // Cache layout: [num_blocks][kCacheBlock][latent_dim + rope_dim] elements of the cache's format, the
-// normalised latent first, then the rotated key part that all heads share.
+// normalised latent first, then the rotated key part that all heads share. kQ8_0: int8 in this layout,
+// and behind it the float16 scales, [num_blocks][kCacheBlock][ceil((latent_dim + rope_dim) / kScaleBlock)];
+// latent_dim is a multiple of kScaleBlock.
 //
 // Keys are taken in splits of kKeySplit, positions counted from the start of the sequence, and within
 // a split in blocks of kCacheBlock; the states of the splits are merged in ascending order. A query's
@@ -23,10 +25,17 @@ struct LatentCache {
   int64_t latent_dim;
   int64_t rope_dim;
 
-  int64_t row_bytes() const {
-    return (latent_dim + rope_dim) * (format == CacheFormat::kF32 ? 4 : 2);
+  int64_t width() const { return latent_dim + rope_dim; }
+  int64_t num_slots() const { return num_blocks * kCacheBlock; }
+  int64_t element_bytes() const {
+    return format == CacheFormat::kF32 ? 4 : format == CacheFormat::kQ8_0 ? 1 : 2;
   }
-  uint8_t* row(int64_t slot) const { return static_cast<uint8_t*>(data) + slot * row_bytes(); }
+  uint8_t* row(int64_t slot) const { return static_cast<uint8_t*>(data) + slot * width() * element_bytes(); }
+  // kQ8_0 only.
+  int8_t* codes(int64_t slot) const { return reinterpret_cast<int8_t*>(row(slot)); }
+  uint16_t* scales(int64_t slot) const {
+    return reinterpret_cast<uint16_t*>(row(num_slots())) + slot * ((width() + kScaleBlock - 1) / kScaleBlock);
+  }
 };
 
 struct MlaAppendArgs {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_handoff.h"
 #include "bindings_matrix.h"
 #include "bindings_ops.h"
 #include "dispatch.h"
@@ -113,4 +114,5 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("num_threads", &ThreadPool::num_threads);
   bind_matrix(m);
   bind_ops(m);
+  bind_handoff(m);
 }

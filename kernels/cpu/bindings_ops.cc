@@ -32,7 +32,8 @@ CacheFormat cache_format(const std::string& name) {
   if (name == "f32") return CacheFormat::kF32;
   if (name == "f16") return CacheFormat::kF16;
   if (name == "bf16") return CacheFormat::kBF16;
-  throw std::invalid_argument("cache format '" + name + "' is unknown; choose f32, f16 or bf16");
+  if (name == "q8_0") return CacheFormat::kQ8_0;
+  throw std::invalid_argument("cache format '" + name + "' is unknown; choose f32, f16, bf16 or q8_0");
 }
 
 void bind_norm(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Address weight, float eps,

@@ -9,7 +9,7 @@
 
 namespace hybrid {
 
-const OpsTable kOpsScalar = {rms_norm, rotate,  encode, decode, swiglu, weighted_sum,
+const OpsTable kOpsScalar = {rms_norm, rotate,  encode, decode, encode_q8, decode_q8, swiglu, weighted_sum,
                       accumulate, softmax, sigmoid, attend, merge, divide, read};
 
 }  // namespace hybrid

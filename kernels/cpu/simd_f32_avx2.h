@@ -30,6 +30,7 @@ inline void store_n(float* p, F32x16 v, int64_t n) {
   _mm256_maskstore_ps(p + 8, lanes_below(n - 8), v.high);
 }
 
+inline float widen_half(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 inline F32x16 load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
@@ -58,6 +59,11 @@ inline void store_bfloat(uint16_t* p, F32x16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bfloat(v.low));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), narrow_bfloat(v.high));
 }
+
+inline __m256 widen_bytes(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32x16 load_bytes(const int8_t* p) { return {widen_bytes(p), widen_bytes(p + 8)}; }
 
 inline F32x16 add(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }

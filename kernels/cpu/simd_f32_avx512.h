@@ -18,6 +18,7 @@ inline F32x16 load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(l
 inline void store(float* p, F32x16 v) { _mm512_storeu_ps(p, v); }
 inline void store_n(float* p, F32x16 v, int64_t n) { _mm512_mask_storeu_ps(p, lanes_below(n), v); }
 
+inline float widen_half(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 inline F32x16 load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -35,6 +36,10 @@ inline void store_bfloat(uint16_t* p, F32x16 v) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i code = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(code, 16)));
+}
+
+inline F32x16 load_bytes(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 inline F32x16 add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }

@@ -68,8 +68,10 @@ inline uint16_t float_to_bfloat(float x) {
 inline F32x16 set1(float x) { HYBRID_LANES(x); }
 inline F32x16 load(const float* p) { HYBRID_LANES(p[i]); }
 inline F32x16 load_n(const float* p, int64_t n) { HYBRID_LANES(i < n ? p[i] : 0.0f); }
+inline float widen_half(uint16_t h) { return half_to_float(h); }
 inline F32x16 load_half(const uint16_t* p) { HYBRID_LANES(half_to_float(p[i])); }
 inline F32x16 load_bfloat(const uint16_t* p) { HYBRID_LANES(bfloat_to_float(p[i])); }
+inline F32x16 load_bytes(const int8_t* p) { HYBRID_LANES(static_cast<float>(p[i])); }
 inline F32x16 add(F32x16 a, F32x16 b) { HYBRID_LANES(a.lane[i] + b.lane[i]); }
 inline F32x16 sub(F32x16 a, F32x16 b) { HYBRID_LANES(a.lane[i] - b.lane[i]); }
 inline F32x16 mul(F32x16 a, F32x16 b) { HYBRID_LANES(a.lane[i] * b.lane[i]); }

@@ -56,7 +56,9 @@ def synth_path(folder, kv_b):
     return path
 
 
-@pytest.mark.parametrize("model, kv_format", [("demo", "f32"), ("split", "f16"), ("joint", "f16")])
+@pytest.mark.parametrize(
+    "model, kv_format", [("demo", "f32"), ("demo", "q8_0"), ("split", "f16"), ("joint", "f16")]
+)
 def test_weights_cache_and_working_memory(model, kv_format, tmp_path):
     if model == "demo":
         path, length, batch = model_path(None), 1024, 512

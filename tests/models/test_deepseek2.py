@@ -66,7 +66,7 @@ def test_every_isa_of_the_host(make_reference, open_model, isa):
     assert error(found, reference.logits) <= LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("kv_format, unit", [("f16", 2**-11), ("bf16", 2**-8)])
+@pytest.mark.parametrize("kv_format, unit", [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 254)])
 def test_cache_formats(make_reference, open_model, kv_format, unit):
     # Half a unit in the last place of every latent. A token whose experts change is off by more, so the
     # middle one of the positions is looked at.

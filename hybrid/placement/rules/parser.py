@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import regex
 
+from hybrid.config import KV_FORMATS
 from hybrid.gguf import QUANTIZABLE
-from hybrid.placement.capabilities import CACHE_FORMATS, CPU_FORMATS, kind_of
+from hybrid.placement.capabilities import CPU_FORMATS, kind_of
 from hybrid.placement.roles import ROLES
 from hybrid.placement.rules.nodes import Node, fail
 from hybrid.placement.rules.ranges import MAX_NUMBER, Ranges, parse_ranges
@@ -197,7 +198,7 @@ def _kv_cache(node: Node, origins: dict[str, str]) -> KVCacheRule:
     parts = _section(node, "kv_cache", ("device", "format", "max_tokens"), origins)
     return KVCacheRule(
         _optional(parts, "device", lambda n: device_name(n, "device")),
-        _optional(parts, "format", lambda n: one_of(n, "format", CACHE_FORMATS)),
+        _optional(parts, "format", lambda n: one_of(n, "format", KV_FORMATS)),
         _optional(parts, "max_tokens", lambda n: integer(n, "max_tokens", 2, 1 << 30)),
     )
 

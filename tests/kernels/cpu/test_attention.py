@@ -11,7 +11,8 @@ from hybrid.kernels import cpu
 
 BLOCK = 64
 EPS = float(np.finfo(np.float32).eps)
-FORMATS = ["f32", "f16", "bf16"]
+FORMATS = ["f32", "f16", "bf16", "q8_0"]
+SCALE_BLOCK = 32
 
 
 def address(a: np.ndarray) -> int:
@@ -31,6 +32,42 @@ def decode(x: np.ndarray, fmt: str) -> np.ndarray:
     if fmt == "bf16":
         return (x.astype(np.uint32) << 16).view(np.float32)
     return x.astype(np.float32)
+
+
+def encode_q8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 ``[n, width]`` to int8 codes and float16 scales ``[n, ceil(width / 32)]``."""
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % SCALE_BLOCK))).reshape(len(x), -1, SCALE_BLOCK)
+    scales = (np.abs(blocks).max(-1) / np.float32(127)).astype(np.float16)
+    wide = scales.astype(np.float32)[..., None]
+    codes = np.rint(np.divide(blocks, wide, where=wide > 0, out=np.zeros_like(blocks)))
+    return codes.clip(-127, 127).astype(np.int8).reshape(len(x), -1)[:, : x.shape[1]], scales
+
+
+class Cache:
+    """Rows of a cache as the kernels lay them out, NaN until they are stored."""
+
+    def __init__(self, num_slots: int, width: int, fmt: str) -> None:
+        self.fmt = fmt
+        num_scales = -(-width // SCALE_BLOCK)
+        if fmt == "q8_0":
+            self.data = np.zeros(num_slots * (width + 2 * num_scales), np.uint8)
+            self.rows: np.ndarray = self.data[: num_slots * width].view(np.int8).reshape(-1, width)
+            self.scales = self.data[num_slots * width :].view(np.float16).reshape(-1, num_scales)
+            self.scales[:] = np.nan
+        else:
+            self.data = self.rows = encode(np.full((num_slots, width), np.nan, np.float32), fmt)
+
+    def store(self, slots: np.ndarray, rows: np.ndarray) -> None:
+        if self.fmt == "q8_0":
+            self.rows[slots], self.scales[slots] = encode_q8(rows)
+        else:
+            self.rows[slots] = encode(rows, self.fmt)
+
+    def read(self, slots: np.ndarray) -> np.ndarray:
+        if self.fmt != "q8_0":
+            return decode(self.rows[slots], self.fmt)
+        scales = np.repeat(self.scales[slots].astype(np.float32), SCALE_BLOCK, -1)
+        return self.rows[slots].astype(np.float32) * scales[:, : self.rows.shape[1]]
 
 
 @dataclass
@@ -70,17 +107,17 @@ class World:
         counts = [-(-length // BLOCK) for length, _ in lengths]
         self.num_blocks = sum(counts) + 2
         width = shape.latent + shape.rope
-        cache = encode(np.full((self.num_blocks * BLOCK, width), np.nan, np.float32), shape.fmt)
+        cache = Cache(self.num_blocks * BLOCK, width, shape.fmt)
         ids = iter(rng.permutation(self.num_blocks))
         self.sequences = []
         for (length, new), count in zip(lengths, counts, strict=True):
             blocks = np.array([next(ids) for _ in range(count)], np.int32)
-            rows = encode(rng.standard_normal((length, width)).astype(np.float32), shape.fmt)
             position = np.arange(length)
-            cache[blocks[position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK] = rows
+            slots = blocks[position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
+            cache.store(slots, rng.standard_normal((length, width)).astype(np.float32))
             q = rng.standard_normal((new, shape.heads, shape.head_dim)).astype(np.float32)
             q_latent = rng.standard_normal((new, shape.heads, shape.latent)).astype(np.float32)
-            self.sequences.append(Sequence_(length, blocks, decode(rows, shape.fmt), q, q_latent))
+            self.sequences.append(Sequence_(length, blocks, cache.read(slots), q, q_latent))
         self.cache = cache
         self.scale = 2.0 / width**0.5
 
@@ -101,7 +138,7 @@ class World:
         cpu.fill_scratch(0xFF)
         cpu.mla_attention(
             cpu.ThreadPool(threads, []), address(q), address(q_latent), len(q), shape.heads, shape.head_dim,
-            address(self.cache), shape.fmt, self.num_blocks, shape.latent, shape.rope, len(chosen),
+            address(self.cache.data), shape.fmt, self.num_blocks, shape.latent, shape.rope, len(chosen),
             address(positions), address(query_start), address(seq_lens), address(tables), tables.shape[1],
             self.scale, address(out),
         )  # fmt: skip
@@ -132,7 +169,7 @@ class World:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize(("heads", "latent", "rope"), [(1, 64, 16), (4, 256, 32), (20, 64, 64), (3, 40, 6)])
+@pytest.mark.parametrize(("heads", "latent", "rope"), [(1, 64, 16), (4, 256, 32), (20, 64, 64), (3, 96, 6)])
 def test_matches_float64(isa: str, heads: int, latent: int, rope: int, fmt: str) -> None:
     world = World(Shape(heads, latent, rope, fmt), [(1, 1), (65, 3), (130, 2)])
     world.check(world.run_all())
@@ -156,8 +193,9 @@ def test_model_shape() -> None:
 
 
 @pytest.mark.usefixtures("restored_isa")
-def test_isas_give_equal_bits() -> None:
-    world = World(Shape(5, 96, 16, "bf16"), [(600, 3), (64, 1)])
+@pytest.mark.parametrize("fmt", ["bf16", "q8_0"])
+def test_isas_give_equal_bits(fmt: str) -> None:
+    world = World(Shape(5, 96, 16, fmt), [(600, 3), (64, 1)])
     outs = []
     for name in cpu.supported_isas():
         cpu.select_isa(name)
@@ -192,7 +230,7 @@ def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(isa: str) -> None:
     world = World(Shape(4, 64, 16, "f32"), [(70, 6)])
     s = world.sequences[0]
     clean = world.run_all()
-    world.cache[int(s.blocks[1]) * BLOCK + 3 :][:3] = np.nan  # positions 67, 68, 69
+    world.cache.rows[int(s.blocks[1]) * BLOCK + 3 :][:3] = np.nan  # positions 67, 68, 69
     np.testing.assert_array_equal(world.run_all()[:3], clean[:3])
     assert np.isnan(world.run_all()[3:]).all()
 
@@ -206,7 +244,8 @@ def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(isa: str) -> None:
         ({"block_tables": -1}, r"entry 0 of the block table of sequence 0 is -1"),
         ({"query_start": 1}, r"query_start must ascend from 0 to 1"),
         ({"block_table_stride": 1}, r"needs 2 blocks; its block table has 1"),
-        ({"cache_format": "q4"}, r"cache format 'q4' is unknown; choose f32, f16 or bf16"),
+        ({"cache_format": "q4"}, r"cache format 'q4' is unknown; choose f32, f16, bf16 or q8_0"),
+        ({"cache_format": "q8_0", "latent_dim": 40}, r"a latent_dim that is a multiple of 32, found 40"),
         ({"rope_dim": 3}, r"an even rope_dim"),
         ({"num_heads": 0}, r"`num_heads` must be at least 1, found 0"),
         ({"num_tokens": -1}, r"`num_tokens` must be at least 0, found -1"),
@@ -248,16 +287,16 @@ def append(shape: Shape, tokens: int, threads: int = 2) -> tuple[np.ndarray, ...
     positions = rng.integers(0, 200, tokens).astype(np.int32)
     slots = rng.permutation(2 * BLOCK)[:tokens].astype(np.int32)
     slots[1::5] = -1
-    cache = encode(np.full((2 * BLOCK, width), np.nan, np.float32), shape.fmt)
+    cache = Cache(2 * BLOCK, width, shape.fmt)
     rotated, kv_before = q.copy(), kv.copy()
     cpu.fill_scratch(0xFF)
     cpu.mla_append(
         cpu.ThreadPool(threads, []), address(rotated), tokens, shape.heads, shape.head_dim, address(kv),
-        address(norm), eps, address(rope), 200, address(cache), shape.fmt, 2, shape.latent, shape.rope,
+        address(norm), eps, address(rope), 200, address(cache.data), shape.fmt, 2, shape.latent, shape.rope,
         address(positions), address(slots),
     )  # fmt: skip
     np.testing.assert_array_equal(kv, kv_before)
-    return q, rotated, kv, norm, rope[positions].astype(np.float64), slots, decode(cache, shape.fmt)
+    return q, rotated, kv, norm, rope[positions].astype(np.float64), slots, cache.read(np.arange(2 * BLOCK))
 
 
 def rotate(x: np.ndarray, rope: np.ndarray) -> np.ndarray:
@@ -268,7 +307,7 @@ def rotate(x: np.ndarray, rope: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize(("heads", "latent", "rope"), [(1, 64, 16), (16, 512, 64), (4, 40, 6)])
+@pytest.mark.parametrize(("heads", "latent", "rope"), [(1, 64, 16), (16, 512, 64), (4, 96, 6)])
 @pytest.mark.parametrize("tokens", [1, 65])
 def test_append_matches_float64(isa: str, heads: int, latent: int, rope: int, fmt: str, tokens: int) -> None:
     shape = Shape(heads, latent, rope, fmt)
@@ -285,7 +324,8 @@ def test_append_matches_float64(isa: str, heads: int, latent: int, rope: int, fm
     latents = latents / np.sqrt((latents**2).mean(-1, keepdims=True) + 1e-6) * norm
     wanted = np.concatenate([latents, rotate(kv[:, latent:], table)], -1)
     stored = slots >= 0
-    rounding = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}[fmt]
+    # Half a step of q8_0, whose steps are a 127th of a block's largest number, rounded to half.
+    rounding = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": (1 + 2.0**-10) / 254}[fmt]
     bound = (rounding + EPS * (latent / 64 + 10)) * np.abs(wanted).max()
     np.testing.assert_allclose(cache[slots[stored]], wanted[stored], rtol=0, atol=bound)
     untouched = np.setdiff1d(np.arange(len(cache)), slots[stored])
@@ -293,8 +333,9 @@ def test_append_matches_float64(isa: str, heads: int, latent: int, rope: int, fm
 
 
 @pytest.mark.usefixtures("restored_isa")
-def test_append_bits_do_not_depend_on_threads_or_isa() -> None:
-    shape, results = Shape(16, 512, 64), []
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_append_bits_do_not_depend_on_threads_or_isa(fmt: str) -> None:
+    shape, results = Shape(16, 512, 64, fmt), []
     for name in cpu.supported_isas():
         cpu.select_isa(name)
         results += [append(shape, 100, threads) for threads in (1, 2, 3)]
@@ -339,6 +380,31 @@ def test_cache_rounds_to_nearest_even(isa: str, fmt: str, largest: float) -> Non
         wanted = decode(encode(kv[1:].copy(), fmt), fmt)
     got = decode(cache[0, 1:].view(np.float16) if fmt == "f16" else cache[0, 1:], fmt)
     np.testing.assert_array_equal(got[finite], wanted[finite])
+
+
+def test_cache_of_codes_and_scales(isa: str) -> None:
+    # Rotary columns with the angle zero go to the cache as they are; the last block has 14 of 32.
+    rng = np.random.default_rng(4)
+    kv = (rng.standard_normal(32 + 302) * 10.0 ** rng.uniform(-9, 4, 334)).astype(np.float32)
+    kv[64:96] = 0.0
+    kv[96:128] = 1e-7
+    kv[128:160] = np.arange(32) - 15.5  # ties
+    kv[160], kv[192], kv[224] = np.nan, np.inf, -1e30
+    rope = np.tile(np.array([1.0, 0.0], np.float32), (151, 1))
+    cache, q, ints = Cache(BLOCK, 334, "q8_0"), np.zeros(302, np.float32), np.zeros(1, np.int32)
+    cpu.mla_append(
+        cpu.ThreadPool(1, []), address(q), 1, 1, 302, address(kv), address(np.ones(32, np.float32)), 1e-6,
+        address(rope), 1, address(cache.data), "q8_0", 1, 32, 302, address(ints), address(ints),
+    )  # fmt: skip
+    with np.errstate(over="ignore", invalid="ignore"):
+        codes, scales = encode_q8(kv[None])
+        finite = [index for index in range(1, 11) if index not in (5, 6, 7)]
+        np.testing.assert_array_equal(cache.scales[0, finite], scales[0, finite])
+        for index in finite:
+            np.testing.assert_array_equal(
+                cache.rows[0, 32 * index : 32 * index + 32], codes[0, 32 * index : 32 * index + 32]
+            )
+        assert np.isnan(cache.read(np.array([0]))[0, 160:256]).all()
 
 
 def test_append_refuses_slots_and_positions_out_of_range() -> None:
