@@ -57,15 +57,25 @@ Handoff::Handoff(ThreadPool& pool, int cpu, double limit_s) : pool_(pool), limit
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  service_ = std::thread([this] {
-    pthread_setname_np(pthread_self(), "hybrid-handoff");
-    serve();
-  });
+  try {
+    service_ = std::thread([this] {
+      pthread_setname_np(pthread_self(), "hybrid-handoff");
+      serve();
+    });
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (cpu != -1) pin_thread(service_.native_handle(), cpu);
+  if (cpu != -1 && !pin_thread(service_.native_handle(), cpu)) {
+    end_service();
+    throw std::runtime_error("Handoff: the system refuses to bind a thread to CPU " + number(cpu));
+  }
 }
 
-Handoff::~Handoff() {
+Handoff::~Handoff() { end_service(); }
+
+void Handoff::end_service() {
   {
     const std::lock_guard<std::mutex> hold(lock_);
     stop_ = true;

@@ -45,7 +45,8 @@ class Handoff {
   class Job;
 
   // The service thread is bound to `cpu` (-1: left to the system). wait() gives a job up after `limit_s` seconds.
-  // Throws std::invalid_argument for a CPU this process may not use or a limit that is not above 0.
+  // Throws std::invalid_argument for a CPU this process may not use or a limit that is not above 0, and
+  // std::runtime_error where the system refuses to bind.
   Handoff(ThreadPool& pool, int cpu, double limit_s);
   ~Handoff();  // ends when the job at hand does; nobody may be waiting
   Handoff(const Handoff&) = delete;
@@ -66,6 +67,7 @@ class Handoff {
   int64_t num_done() const { return num_done_.load(std::memory_order_relaxed); }
 
  private:
+  void end_service();
   void serve();
   Job* next_job();
   void run(Job& job) noexcept;
