@@ -54,7 +54,7 @@ void bind_gather(ThreadPool& pool, const PackedMatrix& matrix, Address ids, int6
 }
 
 // For tests: the int8 planes as quantize_row writes them.
-void bind_quantise(Address x, int64_t cols, Address codes, Address scales, Address sums) {
+void bind_quantize(Address x, int64_t cols, Address codes, Address scales, Address sums) {
   constexpr const char* kName = "quantize_activations";
   if (cols < 1) throw std::invalid_argument(std::string(kName) + ": `cols` must be at least 1, found " + std::to_string(cols));
   kernels_of(current_isa())
@@ -85,7 +85,7 @@ void bind_matrix(nb::module_& m) {
         "out[t, b, rows] = W[b] @ x[t, b, cols] in float32; strides in elements.");
   m.def("gather_rows", &bind_gather, "pool"_a, "matrix"_a, "ids"_a, "num_tokens"_a, "out"_a, Unlocked(),
         "out[t, cols] = row ids[t] (int32) in float32.");
-  m.def("quantize_activations", &bind_quantise, "x"_a, "cols"_a, "codes"_a, "scales"_a, "sums"_a,
+  m.def("quantize_activations", &bind_quantize, "x"_a, "cols"_a, "codes"_a, "scales"_a, "sums"_a,
         "Rounds one row as `linear` does: int8 codes (padded to 64), a float32 scale for 256 columns, int16 sums of 16.");
 }
 
