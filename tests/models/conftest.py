@@ -247,6 +247,12 @@ def write_model():
     return write_gguf
 
 
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> str:
+    """Every variant in turn."""
+    return request.param
+
+
 def everywhere(device: str) -> dict[str, Any]:
     """Rules that put all tensors on one device."""
     return {"version": 1, "rules": [{"select": {"name": "*"}, "place": {"device": device}}]}
