@@ -1,4 +1,4 @@
-"""Every environment variable the runtime reads, in one table.
+"""Every environment variable of the runtime's own, in one table.
 
 A variable is parsed when it is asked for; a bad value raises ``ConfigError`` that names the
 variable, the value and what is accepted. Each command-line flag ``--some-flag`` has the variable
