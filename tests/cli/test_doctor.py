@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hybrid.cli import arguments
 from hybrid.cli import doctor as command
 from hybrid.errors import ConfigError
 from hybrid.free_memory import available_memory, cgroup_memory_limit
+from hybrid.gguf import GGMLType
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -204,12 +206,24 @@ def test_json_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert found["bandwidth"]["threads"] == 1
     weight_s = found["rates"]["weight_s"]
     assert {"Q4_K", "Q8_0"} <= weight_s.keys()
-    assert all(0 < points["1"] < points["128"] < 128 * points["1"] for points in weight_s.values())
+    for points in weight_s.values():
+        assert points.keys() == {str(tokens) for tokens in calibration.TOKENS}
+        assert min(points.values()) > 0
     kept = calibration.read_rates(1, found["isa"]["chosen"])
     assert kept is not None and json.loads(json.dumps(asdict(kept))) == found["rates"]
     assert found["bandwidth"]["all_threads"] >= found["bandwidth"]["one_thread"] > 1e8
     assert found["versions"]["hybrid-moe"][0].isdigit()
     assert captured.err == ""
+
+
+def test_seconds_of_weights_are_of_one_weight_and_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(step: Callable[[int], None], *, least: int) -> float:
+        step(0)
+        return float(calibration._ROWS * calibration._COLS)
+
+    monkeypatch.setattr(calibration, "_median_seconds", seconds)
+    found = calibration.measure_weights(cpu.ThreadPool(1), GGMLType.Q8_0)
+    assert found == dict.fromkeys(calibration.TOKENS, 1.0)
 
 
 def test_table_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
