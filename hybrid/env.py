@@ -143,7 +143,7 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_KV_FORMAT": EnvVar(
         one_of("f32", "f16", "bf16", "q8_0"),
         "f32, f16, bf16 or q8_0",
-        "format of the KV cache: f32, f16, bf16 or q8_0 (default: f16)",
+        "format of the KV cache: f32, f16, bf16 or q8_0",
     ),
     "HYBRID_EXPERTS_PER_TOKEN": EnvVar(
         integer(1), _COUNT, "run so many of a token's experts, the best (default: the model's number)"
@@ -175,8 +175,8 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_SYSTEM": EnvVar(str, "a text", "system message"),
     # Commands for measuring and describing.
     "HYBRID_OUTPUT": EnvVar(
-        one_of("text", "md", "csv", "json", "jsonl", "yaml", "html"),
-        "text, md, csv, json, jsonl, yaml or html",
+        one_of("md", "csv", "json", "jsonl", "yaml", "html"),
+        "md, csv, json, jsonl, yaml or html",
         "output format",
     ),
     "HYBRID_TENSORS": EnvVar(boolean, _SWITCH, "list every tensor"),
@@ -194,35 +194,43 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_PARALLEL": EnvVar(integer(1), _COUNT, "requests computed at once, each with a full context"),
     "HYBRID_FIT": EnvVar(boolean, _SWITCH, "shorten the context, then the steps, until the model fits"),
     "HYBRID_VRAM": EnvVar(
-        by_device(n_bytes), "[DEVICE=]SIZE, as in 24GiB or cuda:1=16GiB", "memory to use of a GPU (cuda:0)"
+        by_device(n_bytes),
+        "[DEVICE=]SIZE, as in 24GiB or cuda:1=16GiB",
+        "memory to use of GPUs, as in 24GiB for cuda:0, or cuda:0=24GiB,cuda:1=16GiB",
     ),
     "HYBRID_RAM": EnvVar(n_bytes, "a size, as in 512GiB", "RAM to use (default: what is free)"),
     "HYBRID_NODES": EnvVar(integer(1), _COUNT, "NUMA nodes"),
     "HYBRID_BANDWIDTH": EnvVar(
         by_device(positive),
         "[DEVICE=]GB/s, as in 200 or ram=200,pcie=25,cuda:0=936",
-        "read bandwidth in GB/s of ram (for each node), pcie or cuda:N",
+        "GB/s read from ram (of a node), pcie and cuda:N, as in 200, or ram=200,pcie=25,cuda:0=936",
     ),
     "HYBRID_EXPLAIN": EnvVar(str, "the name of a tensor", "show the rules tried for this tensor"),
     "HYBRID_EMIT": EnvVar(one_of("llama.cpp"), "llama.cpp", "print the plan as flags of: llama.cpp"),
     "HYBRID_CHUNKS": EnvVar(integer(1), _COUNT, "windows of the text to score (default: all)"),
     "HYBRID_KL_BASE": EnvVar(str, "a file", "compare with the log-probabilities in this file"),
     "HYBRID_SAVE_LOGPROBS": EnvVar(str, "a file", "keep this run's log-probabilities for --kl-base"),
-    "HYBRID_OUT": EnvVar(str, "a file", "the file to write"),
-    "HYBRID_EXPERTS": EnvVar(str, "a format", "format of the routed experts' gate and up"),
-    "HYBRID_DOWN": EnvVar(str, "a format", "format of the routed experts' down"),
-    "HYBRID_DENSE": EnvVar(str, "a format", "format of dense layers and shared experts"),
-    "HYBRID_ATTENTION": EnvVar(str, "a format", "format of attention"),
-    "HYBRID_EMBEDDING": EnvVar(str, "a format", "format of the token embedding"),
-    "HYBRID_LM_HEAD": EnvVar(str, "a format", "format of the output matrix"),
-    "HYBRID_LAYERS": EnvVar(integer(1), _COUNT, "number of layers (default: the preset's)"),
-    "HYBRID_NUM_EXPERTS": EnvVar(integer(1), _COUNT, "routed experts of a layer (default: the preset's)"),
-    "HYBRID_EXPERT_WIDTH": EnvVar(integer(1), _COUNT, "width of an expert (default: the preset's)"),
-    "HYBRID_KV_B": EnvVar(
+    # What `rules` and `synth` write, and where.
+    "HYBRID_RULES_OUT": EnvVar(str, "a file", "the file to write"),
+    "HYBRID_RULES_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
+    "HYBRID_SYNTH_OUT": EnvVar(str, "a file", "the file to write"),
+    "HYBRID_SYNTH_SEED": EnvVar(integer(0), "an integer >= 0", "seed of the random weights"),
+    "HYBRID_SYNTH_EXPERTS": EnvVar(str, "a format", "format of the routed experts' gate and up"),
+    "HYBRID_SYNTH_DOWN": EnvVar(str, "a format", "format of the routed experts' down"),
+    "HYBRID_SYNTH_DENSE": EnvVar(str, "a format", "format of dense layers and shared experts"),
+    "HYBRID_SYNTH_ATTENTION": EnvVar(str, "a format", "format of attention"),
+    "HYBRID_SYNTH_EMBEDDING": EnvVar(str, "a format", "format of the token embedding"),
+    "HYBRID_SYNTH_LM_HEAD": EnvVar(str, "a format", "format of the output matrix"),
+    "HYBRID_SYNTH_LAYERS": EnvVar(integer(1), _COUNT, "number of layers (default: the preset's)"),
+    "HYBRID_SYNTH_NUM_EXPERTS": EnvVar(
+        integer(1), _COUNT, "routed experts of a layer (default: the preset's)"
+    ),
+    "HYBRID_SYNTH_EXPERT_WIDTH": EnvVar(integer(1), _COUNT, "width of an expert (default: the preset's)"),
+    "HYBRID_SYNTH_KV_B": EnvVar(
         one_of("split", "joint"), "split or joint", "attn_k_b and attn_v_b, or one attn_kv_b"
     ),
-    "HYBRID_HEADER_ONLY": EnvVar(boolean, _SWITCH, "write the header without data, for planning"),
-    "HYBRID_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
+    "HYBRID_SYNTH_HEADER_ONLY": EnvVar(boolean, _SWITCH, "write the header without data, for planning"),
+    "HYBRID_SYNTH_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
     # Every command.
     "HYBRID_LOG_LEVEL": EnvVar(
         one_of("debug", "info", "warning", "error"),

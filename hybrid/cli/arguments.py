@@ -56,15 +56,18 @@ def flag(
     default: Any = None,
     help: str | None = None,
     choices: Sequence[str] | None = None,
+    scope: str = "",
     **kwargs: Any,
 ) -> None:
-    """Add an option whose last long name ``--some-flag`` is described by ``HYBRID_SOME_FLAG``.
+    """Add an option whose last long name ``--some-flag`` is described by ``HYBRID_SOME_FLAG``, or with a
+    ``scope`` by ``HYBRID_SCOPE_SOME_FLAG``, where it means another thing than in other commands.
 
     Variables parsed by `env.boolean` become switches. ``help`` replaces the table's text; ``choices`` are
     those of the values that this command takes.
     """
     long_names = [name for name in names if name.startswith("--")]
-    variable = "HYBRID_" + long_names[-1][2:].upper().replace("-", "_")
+    words = [*filter(None, [scope]), *long_names[-1][2:].split("-")]
+    variable = "_".join(["HYBRID", *words]).upper()
     entry = env.VARIABLES[variable]
     text = (help or entry.purpose).replace("%", "%%")
     if choices is not None:
@@ -184,8 +187,8 @@ def rules_for(args: argparse.Namespace, model: str | Path | None) -> Rules:
 
 def add_experts(group: argparse._ActionsContainer) -> None:
     """Flags that run fewer experts."""
-    flag(group, "--experts-per-token")
-    flag(group, "--expert-threshold")
+    flag(group, "--experts-per-token", metavar="N")
+    flag(group, "--expert-threshold", metavar="SHARE")
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, n_predict: int) -> None:
@@ -211,9 +214,9 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
     """
     rules = rules_for(args, args.model)  # a bad file is told before torch is loaded
 
-    from hybrid.llm import LLM
-
     with byte_progress("loading") as show:
+        from hybrid.llm import LLM
+
         return LLM(
             args.model,
             rules,

@@ -16,7 +16,7 @@ HELP = "show this machine's cores, instruction set, memory speed and GPUs"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-t", "--threads")
     arguments.flag(parser, "--isa")
-    arguments.flag(parser, "-o", "--output", default="text", choices=("text", "json"))
+    arguments.flag(parser, "-o", "--output", default="md", choices=("md", "json"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -47,6 +48,8 @@ def _main(argv: list[str]) -> int:
     if sys.stdout is None:  # started with stdout closed
         print("hybrid: there is no standard output to write to; use > /dev/null to drop it", file=sys.stderr)
         return EXIT_FAILURE
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what its encoding lacks becomes a question mark
     if not argv or argv[0] not in COMMANDS:
         return _without_command(argv)
     module = importlib.import_module(COMMANDS[argv[0]])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from hybrid.cli import arguments
 from hybrid.cli.machine import add_machine, machine_of
-from hybrid.config import KV_FORMATS
 from hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-c", "--ctx-size")
     arguments.flag(parser, "-ub", "--ubatch-size", default=512)
     arguments.flag(parser, "-np", "--parallel", default=1)
-    arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format", choices=KV_FORMATS)
+    arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format")
     arguments.add_rules(parser)
     arguments.flag(parser, "--fit")
     arguments.add_experts(parser)

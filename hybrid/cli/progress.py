@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,28 +16,26 @@ PATIENCE_S = 2.0
 
 @contextlib.contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left; gives a function of (bytes done, bytes in all)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
+    """A bar with rate and time left, there at once; gives a function of (bytes done, bytes in all)."""
+    with _bar(desc=title, unit="B", unit_divisor=1024) as bar:
         yield _setter(bar)
 
 
 @contextlib.contextmanager
 def prompt_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar that appears when a prompt takes over `PATIENCE_S`; gives a function of (tokens done, in all)."""
+    with _bar(desc="prompt", unit=" tokens", delay=PATIENCE_S, mininterval=0) as bar:
+        yield _setter(bar)
+
+
+def _bar(**options: Any) -> tqdm[Any]:
     from tqdm import tqdm
 
-    with tqdm(
-        desc="prompt",
-        unit=" tokens",
-        unit_scale=True,
-        leave=False,
-        disable=None,
-        delay=PATIENCE_S,
-        mininterval=0,
-    ) as bar:
-        yield _setter(bar)
+    # A terminal that does not know its size says 0 x 0, where tqdm shows nothing.
+    size = shutil.get_terminal_size()
+    return tqdm(
+        unit_scale=True, leave=False, disable=None, ncols=size.columns - 1, nrows=size.lines, **options
+    )
 
 
 def _setter(bar: tqdm[Any]) -> Callable[[int, int], None]:

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     init.add_argument("file", metavar="MODEL", help="a GGUF file, or demo; a header will do")
     for command in (schema, init):
-        arguments.flag(command, "-o", "--out")
-        arguments.flag(command, "-f", "--force")
+        arguments.flag(command, "-o", "--out", scope="rules", metavar="FILE")
+        arguments.flag(command, "-f", "--force", scope="rules")
     arguments.flag(init, "-c", "--ctx-size")
     add_machine(init)
 

@@ -31,17 +31,18 @@ _FORMAT_FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", metavar="PRESET", help="deepseek-v2-lite, deepseek-v3, kimi-k2 or tiny")
-    arguments.flag(parser, "-o", "--out")
+    arguments.flag(parser, "-o", "--out", scope="synth", metavar="FILE")
     shape = parser.add_argument_group("shape")
     for name in ("--layers", "--num-experts", "--expert-width"):
-        arguments.flag(shape, name)
+        arguments.flag(shape, name, scope="synth", metavar="N")
     formats = parser.add_argument_group("formats")
     for name, (_, default) in _FORMAT_FLAGS.items():
-        arguments.flag(formats, f"--{name.replace('_', '-')}", default=default)
-    arguments.flag(formats, "--kv-b", default="split")
-    arguments.flag(parser, "-s", "--seed", default=0, help="seed of the random weights")
-    arguments.flag(parser, "--header-only")
-    arguments.flag(parser, "-f", "--force")
+        flag = f"--{name.replace('_', '-')}"
+        arguments.flag(formats, flag, default=default, scope="synth", metavar="FORMAT")
+    arguments.flag(formats, "--kv-b", default="split", scope="synth", metavar="LAYOUT")
+    arguments.flag(parser, "-s", "--seed", default=0, scope="synth")
+    arguments.flag(parser, "--header-only", scope="synth")
+    arguments.flag(parser, "-f", "--force", scope="synth")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +94,10 @@ def _write(args: argparse.Namespace, target: Path, shape: ModelShape, formats: F
 
 def _print_report(report: SynthReport, shape: ModelShape) -> None:
     for (wanted, cols), written in report.fallbacks.items():
-        print(f"{wanted.name} has no rows of {cols}: {written.name} is written instead", file=sys.stderr)
+        print(
+            f"rows of {cols} weights are no whole blocks of {wanted.name}: {written.name} is written instead",
+            file=sys.stderr,
+        )
     if not shape.q_lora_rank and shape.num_layers not in (26, 27):
         print(
             "ik_llama.cpp loads a model without q_lora only if it has 26 or 27 layers",

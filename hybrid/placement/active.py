@@ -49,8 +49,11 @@ class ActiveShares:
 
     def _reduce(self, experts_per_token: int, most: int) -> None:
         if experts_per_token > most:
-            found = f"the model was made for {most}" if most else "the model has no routed experts"
-            raise ConfigError(f"experts_per_token: {found}, and {experts_per_token} are asked for")
+            expected = f"1 to {most}, the number it was made for" if most else "a model with routed experts"
+            raise ConfigError(
+                f"experts per token (--experts-per-token, experts_per_token): expected {expected}, "
+                f"found {experts_per_token}"
+            )
         self.used = min(self.used, experts_per_token)
         self.used_by_layer = {n: min(used, experts_per_token) for n, used in self.used_by_layer.items()}
 

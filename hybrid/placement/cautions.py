@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybrid.gguf import GGMLType
+from hybrid.gguf import TRAITS, GGMLType
 from hybrid.placement.capabilities import can_multiply, kind_of
 from hybrid.placement.memory import Model
 from hybrid.placement.plan import Plan
@@ -26,6 +26,7 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
     if modes:
         yield f"this build does not place memory by NUMA node yet: {', '.join(modes)} is planned, not done"
     yield from _without_kernel(model, plan)
+    yield from _grown(model, plan)
     for memory in plan.memory.values():
         kept = memory.scratch_parts.get(EXPERT_CACHE, 0)
         if kept:
@@ -37,6 +38,24 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
         if memory.budget_bytes and memory.total_bytes > _NEARLY_FULL * memory.budget_bytes:
             left = (memory.budget_bytes - memory.total_bytes) / (1 << 20)
             yield f"{memory.device} is nearly full: {left:.0f} MiB are left of its budget"
+
+
+def _grown(model: Model, plan: Plan) -> Iterator[str]:
+    """Formats of rules that take more than the file's."""
+    found: dict[tuple[str, str, str], int] = {}
+    for tensor, part in parts(model, plan):
+        if part.format is None:
+            continue
+        before, after = TRAITS[tensor.info.type], TRAITS[GGMLType[part.format]]
+        if after.block_bytes * before.block_size > before.block_bytes * after.block_size:
+            key = part.rule, tensor.info.type.name, part.format
+            found[key] = found.get(key, 0) + 1
+    for (rule, before_name, after_name), count in found.items():
+        some = f"{count} tensors" if count > 1 else "a tensor"
+        yield (
+            f"{rule} stores {some} of {before_name} as {after_name}, which takes more and adds nothing; "
+            "leave its format out to keep the file's"
+        )
 
 
 def _without_kernel(model: Model, plan: Plan) -> Iterator[str]:

@@ -81,7 +81,8 @@ def _more_memory(planner: Planner, found: Plan) -> Iterator[str]:
         if not memory.missing_bytes:
             continue
         if kind_of(memory.device) == "cpu":
-            yield f"{size_text(memory.missing_bytes)} less of weights, by a smaller file, or more RAM"
+            missing = size_text(memory.missing_bytes)
+            yield f"{missing} more RAM (--ram), or as much less of weights by a smaller file"
         else:
             per_layer = _largest_open(found, memory.device)
             yield (

@@ -143,6 +143,10 @@ PRESETS: dict[str, ModelShape] = {
 }
 
 
+# Beyond what any model has; larger numbers are slips, and their headers would take minutes.
+_LIMITS = {"--layers": 1024, "--num-experts": 4096, "--expert-width": 1 << 20}
+
+
 def resolve_shape(
     preset: str,
     *,
@@ -157,6 +161,10 @@ def resolve_shape(
     """
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    given = (num_layers, num_experts, moe_intermediate_size)
+    for (flag, most), number in zip(_LIMITS.items(), given, strict=True):
+        if number is not None and number > most:
+            raise ConfigError(f"{flag}: expected at most {most}, found {number}")
     shape = PRESETS[preset]
     if num_layers is not None:
         shape = replace(shape, num_layers=num_layers)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from hybrid.errors import CapacityError, ConfigError
 from hybrid.gguf import RANDOM_TYPES, TRAITS, GGMLType, GGUFWriter, random_blocks
+from hybrid.placement.size_text import size_text
 from hybrid.synth.presets import KvBLayout, ModelShape, metadata
 from hybrid.synth.routing import RoutingEntropy
 from hybrid.synth.tensors import Formats, SynthTensor, list_tensors
@@ -69,7 +70,7 @@ def synthesise(
     formats = formats or Formats()
     tensors, fallbacks = list_tensors(shape, formats, kv_b)
     total = sum(tensor.n_bytes for tensor in tensors)
-    _check_disk(target, _HEADER_ROOM + (0 if header_only else total))
+    _check_disk(target, 0 if header_only else total)
     _check_formats(tensors)
     filler = _Filler(np.random.default_rng(seed), min(max(total, _POOL_BYTES[0]), _POOL_BYTES[1]))
     entropy = RoutingEntropy(shape, np.random.default_rng([seed, 1]))
@@ -123,12 +124,13 @@ def _check_formats(tensors: list[SynthTensor]) -> None:
             )
 
 
-def _check_disk(target: Path, needed: int) -> None:
+def _check_disk(target: Path, data_bytes: int) -> None:
     free = shutil.disk_usage(target.resolve().parent).free
-    if needed > free:
+    if data_bytes + _HEADER_ROOM > free:
         raise CapacityError(
-            f"{target}: the file takes {needed} bytes but the disk has {free} left;"
-            " free some space, or take fewer --layers or smaller formats"
+            f"{target}: {size_text(data_bytes)} of weights and a header of at most {size_text(_HEADER_ROOM)} "
+            f"do not fit on the disk, which has {size_text(free)} left; free some space, or take fewer "
+            "--layers or smaller formats"
         )
 
 

@@ -238,4 +238,4 @@ def test_table_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_other_output_formats_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("-o", "csv")
-    assert "expected text or json, found 'csv'" in capsys.readouterr().err
+    assert "expected md or json, found 'csv'" in capsys.readouterr().err

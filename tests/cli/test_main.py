@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import pty
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +18,7 @@ from hybrid import env
 from hybrid.cli import arguments
 from hybrid.cli.main import COMMANDS, main
 from hybrid.errors import CapacityError, ConfigError, ContextLengthError, GGUFError, RequestError
+from hybrid.gguf import GGUFFile
 
 
 def parser_of(command):
@@ -48,9 +53,10 @@ def test_every_flag_has_its_variable_in_the_table_and_in_its_help(name):
     for action in parser_of(name)._actions:
         if not action.option_strings or action.dest == "help":
             continue
-        variable = "HYBRID_" + action.option_strings[-1][2:].upper().replace("-", "_")
+        words = action.option_strings[-1][2:].upper().replace("-", "_")
+        variable = re.search(r"\[(HYBRID_\w+)\]$", action.help).group(1)
         assert variable in env.VARIABLES
-        assert f"[{variable}]" in action.help
+        assert variable in (f"HYBRID_{words}", f"HYBRID_{name.upper()}_{words}")
 
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -181,3 +187,35 @@ def test_a_reader_that_leaves_is_no_traceback():
         run.stdout.close()
         assert run.stderr.read() == b""
         assert run.wait() == 1
+
+
+def test_output_of_another_encoding_is_replaced_and_not_lost(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["plan", "demo"]) == 0
+    text = raw.getvalue().decode("ascii")
+    assert "| cpu " in text and "????" in text and "## Rules" in text
+
+
+def test_a_bar_is_shown_on_a_terminal_without_a_size():
+    ours, theirs = pty.openpty()  # it says 0 x 0
+    program = (
+        "from hybrid.cli.progress import byte_progress\n"
+        "import time\n"
+        "with byte_progress('loading') as show: time.sleep(0.2); show(1 << 20, 4 << 20)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 10000).decode()
+    os.close(ours)
+    assert "loading" in shown and "25%" in shown and "4.00M" in shown
+
+
+def test_variables_of_a_command_do_not_reach_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYBRID_SYNTH_OUT", str(tmp_path / "x.gguf"))
+    monkeypatch.setenv("HYBRID_SYNTH_EXPERTS", "Q8_0")
+    assert main(["rules", "schema"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert main(["synth", "tiny"]) == 0
+    with GGUFFile.open(tmp_path / "x.gguf") as file:
+        assert file.tensors["blk.1.ffn_gate_exps.weight"].type.name == "Q8_0"

@@ -137,7 +137,9 @@ def test_shape_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_fallback_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tiny", "-o", str(tmp_path / "m.gguf"), "--expert-width", "96") == 0
-    assert "Q4_K has no rows of 96: Q5_0 is written instead" in capsys.readouterr().err
+    assert (
+        "rows of 96 weights are no whole blocks of Q4_K: Q5_0 is written instead" in capsys.readouterr().err
+    )
 
 
 def test_header_only_file_plans_but_does_not_load(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_existing_file_is_kept_without_force(tiny: Path) -> None:
 
 def test_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(CapacityError, match="1000 left"):
+    with pytest.raises(CapacityError, match=r"6\.3 MiB of weights .* has 0\.0 MiB left"):
         run("tiny", "-o", str(tmp_path / "m.gguf"))
     assert not list(tmp_path.iterdir())
 
@@ -251,3 +253,11 @@ def test_entropy_falls_when_routers_prefer_one_expert(tmp_path: Path) -> None:
     lopsided = RoutingEntropy(shape, np.random.default_rng(0))
     lopsided.add_layer(router, favoured)
     assert lopsided.bits == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "most"), [("--layers", "1025", "1024"), ("--num-experts", "5000", "4096")]
+)
+def test_numbers_beyond_any_model_are_refused(tmp_path: Path, flag: str, value: str, most: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}: expected at most {most}, found {value}"):
+        run("tiny", "-o", str(tmp_path / "x.gguf"), flag, value)

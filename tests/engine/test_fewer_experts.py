@@ -87,7 +87,7 @@ def test_bad_values_are_refused(bad):
 
 def test_more_than_the_model_has_are_refused_before_reading(monkeypatch):
     monkeypatch.setattr(GGUFFile, "read_into", lambda *args: pytest.fail("read"))
-    with pytest.raises(ConfigError, match="the model was made for 4, and 5 are asked for"):
+    with pytest.raises(ConfigError, match="expected 1 to 4, the number it was made for, found 5"):
         LLM(None, experts_per_token=5)
 
 
@@ -116,8 +116,12 @@ def test_the_command_line_passes_them_on(capsys):
 @pytest.mark.parametrize(
     "argv, code, message",
     [
-        (["run", "--experts-per-token", "5", "x"], 2, "made for 4, and 5 are asked for"),
-        (["plan", "demo", "--experts-per-token", "5"], 2, "made for 4, and 5 are asked for"),
+        (["run", "--experts-per-token", "5", "x"], 2, "expected 1 to 4, the number it was made for, found 5"),
+        (
+            ["plan", "demo", "--experts-per-token", "5"],
+            2,
+            "expected 1 to 4, the number it was made for, found 5",
+        ),
         (["run", "--experts-per-token", "0", "x"], 2, "expected an integer >= 1, found '0'"),
         (["bench", "--expert-threshold", "1.5"], 2, "expected a number from 0 to 1, found '1.5'"),
         (["plan", "demo", "--expert-threshold", "nan"], 2, "expected a number from 0 to 1, found 'nan'"),

@@ -166,7 +166,7 @@ def test_fitting_takes_smaller_steps_where_no_context_fits(headers):
         found = plan(file, machine=tight, size=RunSize(4096), fit=True)
         assert found.size.max_num_batched_tokens < 512
         hopeless = Machine((Device("cpu", weights),), num_threads=8)
-        with pytest.raises(CapacityError, match="less of weights"):
+        with pytest.raises(CapacityError, match=r"more RAM \(--ram\), or as much less of weights"):
             plan(file, machine=hopeless, size=RunSize(4096), fit=True)
 
 

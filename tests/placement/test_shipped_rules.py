@@ -163,3 +163,13 @@ def test_a_file_of_that_name_wins(tmp_path, monkeypatch):
 
 def test_the_schema_ships():
     assert (resources.files("hybrid.rules") / "schema.json").is_file()
+
+
+def test_formats_that_take_more_than_the_file_s_are_named(tmp_path):
+    synthesise(tmp_path / "v3.gguf", resolve_shape("deepseek-v3"), formats(*["Q4_K"] * 6), header_only=True)
+    machine = Machine((Device("cpu", 512 * GIB), Device("cuda:0", 24 * GIB)), imagined=True)
+    with GGUFFile.open(tmp_path / "v3.gguf", header_only=True) as file:
+        found = Planner(file, "deepseek-v3-16gb", machine).plan(RunSize(4096))
+    assert any(
+        "tensors of Q4_K as Q6_K, which takes more and adds nothing" in text for text in found.warnings
+    )
