@@ -1,7 +1,7 @@
-"""DeepSeek-V3 and R1.
+"""DeepSeek-V3 and R1, by their chat templates.
 
 ``<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME``, a line "```json",
-the arguments, a line "```", ``<｜tool▁call▁end｜>``, more calls, ``<｜tool▁calls▁end｜>`` (the chat templates).
+the arguments, a line "```", ``<｜tool▁call▁end｜>``, more calls, ``<｜tool▁calls▁end｜>``.
 """
 
 from __future__ import annotations
