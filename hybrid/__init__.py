@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hybrid.outputs import CompletionOutput as CompletionOutput
     from hybrid.outputs import RequestOutput as RequestOutput
     from hybrid.sampling_params import SamplingParams as SamplingParams
+    from hybrid.structured import StructuredOutputs as StructuredOutputs
 
 _EXPORTS = {
     "LLM": "hybrid.llm",
@@ -22,9 +23,18 @@ _EXPORTS = {
     "RequestOutput": "hybrid.outputs",
     "CompletionOutput": "hybrid.outputs",
     "HybridError": "hybrid.errors",
+    "StructuredOutputs": "hybrid.structured",
 }
 
-__all__ = ["LLM", "CompletionOutput", "HybridError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "HybridError",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
