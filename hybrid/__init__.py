@@ -10,6 +10,7 @@ from importlib.metadata import version as _distribution_version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrid.async_llm import AsyncLLM as AsyncLLM
     from hybrid.errors import HybridError as HybridError
     from hybrid.llm import LLM as LLM
     from hybrid.outputs import CompletionOutput as CompletionOutput
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hybrid.structured import StructuredOutputs as StructuredOutputs
 
 _EXPORTS = {
+    "AsyncLLM": "hybrid.async_llm",
     "LLM": "hybrid.llm",
     "SamplingParams": "hybrid.sampling_params",
     "RequestOutput": "hybrid.outputs",
@@ -28,6 +30,7 @@ _EXPORTS = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "HybridError",
     "RequestOutput",
