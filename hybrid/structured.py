@@ -25,7 +25,7 @@ class StructuredOutputs:
 
     Attributes:
         json: a JSON Schema, an object or its text; kept as text. The text is a JSON value that it accepts.
-        regex: an expression in the syntax of Rust's ``regex`` that the whole text matches.
+        regex: an expression in the syntax of Rust's ``regex`` that the whole text matches; ``\\d`` is 0 to 9.
         choice: the text is one of these.
         grammar: a context-free grammar, in llguidance's variant of Lark or in GBNF.
         json_object: the text is a JSON object.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from json import dumps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ MAX_COMPILES = 4  # at once; one that timed out counts until it ends
 CACHED_GRAMMARS = 32
 
 # Between the tokens of JSON: enough to indent, not enough for a model to write blanks for ever.
-JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+JSON_SPACE = r"\x20|\x0A[\x20\x09]{0,32}"
 
 
 class Guidance:
@@ -119,7 +119,7 @@ class GrammarConstraint:
         self._mask = self._next_mask()
         self._stopped = False
 
-    def allowed_mask(self) -> torch.Tensor:
+    def allowed_mask(self) -> torch.BoolTensor:
         """bool ``[vocab]``; end tokens are allowed where the grammar accepts the text so far."""
         return self._mask
 
@@ -138,12 +138,14 @@ class GrammarConstraint:
     def finished(self) -> bool:
         return self._stopped or not bool(self._mask.any())
 
-    def _next_mask(self) -> torch.Tensor:
+    def _next_mask(self) -> torch.BoolTensor:
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
+            if self._matcher.get_error().startswith("NoExtension"):  # no token goes on
+                return cast("torch.BoolTensor", torch.zeros(self._vocab_size, dtype=torch.bool))
             raise self._failure()
         bits = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
+        return cast("torch.BoolTensor", torch.from_numpy(bits.view(np.bool_)))
 
     def _failure(self) -> RequestError:
         problem = self._matcher.get_error().splitlines()[0]
@@ -158,7 +160,7 @@ def _grammar(wanted: StructuredOutputs) -> str:
         schema: Any = wanted.json or '{"type": "object"}'
         return matcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_SPACE})
     if wanted.regex is not None:
-        return matcher.grammar_from_regex(wanted.regex)
+        return matcher.grammar_from_lark(f"start: /{llguidance.regex_to_lark(wanted.regex, 'd')}/")
     if wanted.choice is not None:
         return matcher.grammar_from_lark("start: " + " | ".join(dumps(text) for text in wanted.choice))
     return llguidance.grammar_from("grammar", wanted.grammar or "")
