@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self._allowed():
             return
         elif path == "/v1/models":
-            meta = {"n_params": 671_000_000_000}
+            meta = {"n_params": 671_000_000_000, "description": "61 layers on the CPU, ISA avx2, 32 threads"}
             models = {"data": [{"id": "demo-model", "max_model_len": 8192, "meta": meta}]}
             self._send(200, json.dumps(models).encode())
         elif path == "/metrics":

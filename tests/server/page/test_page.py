@@ -36,6 +36,11 @@ class Page:
     def click(self, selector):
         self.one(selector).click()
 
+    def point_at(self, selector):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.browser).move_to_element(self.one(selector)).perform()
+
     def button(self, text, inside="body"):
         return next(b for b in self.all(f"{inside} button") if b.get_property("textContent") == text)
 
@@ -197,11 +202,13 @@ def test_regenerate_and_edit(page):
     page.wait_for(lambda: len(page.all("article")) == 2)
     page.wait_idle()
     assert page.server.requests[-1]["messages"] == [{"role": "user", "content": "one"}]
+    page.point_at("article.user")
     page.button("Edit").click()
     box = page.one(".edit textarea")
     assert box.get_property("value") == "one"
     box.send_keys(Keys.ESCAPE)
     assert page.texts[0] == "one"
+    page.point_at("article.user")
     page.button("Edit").click()
     page.one(".edit textarea").send_keys(" again" + Keys.ENTER)
     page.wait_for(lambda: page.texts[0] == "one again")
@@ -213,15 +220,18 @@ def test_rename_delete_and_undo(page):
     from selenium.webdriver.common.keys import Keys
 
     page.say("plain title")
+    page.point_at("#conversations li")
     page.click('[aria-label="Rename plain title"]')
     page.one("#conversations input").send_keys(Keys.CONTROL + "a" + Keys.NULL + "<b>mine</b>" + Keys.ENTER)
     assert page.text("#conversations .open") == "<b>mine</b>" == page.text("#title")
     page.say("another")
     assert page.text("#title") == "<b>mine</b>"
+    page.point_at("#conversations li")
     page.click('[aria-label="Delete <b>mine</b>"]')
     assert not page.all("#conversations .open") and not page.all("article")
     page.click("#toast-action")
     assert page.text("#conversations .open") == "<b>mine</b>" and len(page.all("article")) == 4
+    page.point_at("#conversations li")
     page.click('[aria-label="Delete <b>mine</b>"]')
     page.browser.refresh()
     page.wait_for(lambda: page.text("#model-name") == "demo-model")
@@ -243,7 +253,7 @@ def test_reasoning_is_folded(page):
 
 def test_errors_are_told_and_the_conversation_goes_on(page):
     page.say("fail")
-    assert page.text('[role="alert"]') == "too many requests wait Try again in 7 s."
+    assert page.text('[role="alert"]') == "too many requests wait. Try again in 7 s."
     page.say("broken")
     assert page.all('[role="alert"]')[-1].text == "the engine failed" and page.texts[-1].startswith(
         "You said: broken"
@@ -304,12 +314,18 @@ def test_dark_and_light(page):
     prefer("")
 
 
+def right_edge(node):
+    return node.rect["x"] + node.rect["width"]
+
+
 def test_a_narrow_screen(page):
     metrics = {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         page.say("hello")
         assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        for selector in ("#send", "#context", "article .text", ".code"):
+            assert 0 <= page.one(selector).rect["x"] and right_edge(page.one(selector)) <= 360, selector
         assert not page.one("#new").is_displayed()
         page.click("#menu")
         page.wait_for(lambda: page.one("#new").is_displayed())
