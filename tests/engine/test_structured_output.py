@@ -143,6 +143,14 @@ def test_batch_mates_are_not_touched(llm):
     assert [key(output) for output in together] == alone
 
 
+def test_several_texts_of_one_prompt_each_have_their_own_state(llm):
+    params = SamplingParams(n=4, structured_outputs=StructuredOutputs(json=PERSON), seed=5, temperature=1.5)
+    (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    for each in output.outputs:
+        jsonschema.validate(json.loads(each.text), PERSON)
+    assert len({each.text for each in output.outputs}) > 1
+
+
 def test_end_tokens_only_where_the_grammar_ends(llm):
     constraint = Guidance(llm.tokenizer)(StructuredOutputs(regex="ab?"))
     ends = sorted(llm.tokenizer.stop_ids)
