@@ -13,8 +13,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-    "--window-size=1200,820",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1200,820",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium, server):
-    """The conversations' page of a fresh server; whatever a test leaves on the console but 4xx answers fails it."""
+    """The conversations' page of a fresh server. Complaints on the console, but for 4xx answers, fail a test."""
     chromium.set_window_size(1200, 820)
     chromium.get(server.url)
     chromium.get_log("browser")

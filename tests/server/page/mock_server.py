@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the protocol as the pages need; what it says follows the prompt."""
+"""A server on loopback that speaks as much of the protocol as the pages need. The prompt picks the answer."""
 
 from __future__ import annotations
 

@@ -172,7 +172,8 @@ def test_hostile_text_stays_text(page):
 def test_the_policy_stops_scripts_that_get_in_all_the_same(page):
     page.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = 1\">')")
     page.run(
-        "const s = document.createElement('script'); s.textContent = 'window.hacked = 2'; document.body.append(s)"
+        "const script = document.createElement('script'); script.textContent = 'window.hacked = 2';"
+        "document.body.append(script)"
     )
     assert page.run("return window.hacked") is None
     assert page.browser.get_log("browser"), "the browser says what it refused"
@@ -265,9 +266,7 @@ def test_errors_are_told_and_the_conversation_goes_on(page):
 
 def test_settings(page):
     page.click("#settings-open")
-    page.run(
-        "for (const [name, value] of [['temperature', 1.3], ['top_p', 0.5]]) document.getElementById('set-' + name).value = value"
-    )
+    page.run("byId('set-temperature').value = 1.3; byId('set-top_p').value = 0.5")
     page.one("#set-max_tokens").send_keys("77")
     page.one("#set-system").send_keys("Be brief.")
     page.button("Done").click()
@@ -325,7 +324,7 @@ def test_a_narrow_screen(page):
         page.say("hello")
         assert page.run("return document.documentElement.scrollWidth <= innerWidth")
         for selector in ("#send", "#context", "article .text", ".code"):
-            assert 0 <= page.one(selector).rect["x"] and right_edge(page.one(selector)) <= 360, selector
+            assert page.one(selector).rect["x"] >= 0 and right_edge(page.one(selector)) <= 360, selector
         assert not page.one("#new").is_displayed()
         page.click("#menu")
         page.wait_for(lambda: page.one("#new").is_displayed())
@@ -344,8 +343,11 @@ def test_everything_that_takes_a_click_has_a_name(page):
 
 def test_long_hostile_markdown_is_rendered_quickly(page):
     script = """
-      const texts = ["*a ".repeat(20000), "[".repeat(50000), "`".repeat(50000), "> ".repeat(20000), "- ".repeat(20000),
-        "|".repeat(20000) + "\\n" + "|-".repeat(20000), "_".repeat(50000), "1. a\\n".repeat(5000), "**".repeat(30000)];
+      const texts = [
+        "*a ".repeat(20000), "[".repeat(50000), "`".repeat(50000), "> ".repeat(20000), "- ".repeat(20000),
+        "|".repeat(20000) + "\\n" + "|-".repeat(20000), "_".repeat(50000), "1. a\\n".repeat(5000),
+        "**".repeat(30000),
+      ];
       return texts.map((text) => {
         const started = performance.now();
         renderMarkdown(document.createElement("div"), text);
