@@ -53,7 +53,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium, server):
-    """The conversations' page of a fresh server. A complaint on the console, but for 4xx answers, fails a test."""
+    """The conversations' page. Complaints on the console fail a test; 4xx answers do not."""
     chromium.set_window_size(1200, 820)
     chromium.get(server.url)
     chromium.get_log("browser")
