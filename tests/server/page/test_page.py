@@ -50,7 +50,7 @@ class Page:
     def run(self, script):
         return self.browser.execute_script(script)
 
-    def wait_for(self, condition, seconds=10):
+    def wait_for(self, condition, seconds=30):
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.browser, seconds, 0.02).until(lambda _: condition())
@@ -112,7 +112,7 @@ def test_stop_in_the_middle(page):
         assert page.one("#send").get_attribute("aria-label") == "Stop"
         assert re.fullmatch(r"[\d.]+ tokens/s", page.text("#figures"))
         end()
-        assert page.server.aborted.wait(5), "the server sees the client leave"
+        assert page.server.aborted.wait(20), "the server sees the client leave"
         page.wait_idle()
         assert page.text("article:last-child .note") == "Stopped." and "tick3 " in page.texts[-1]
     page.say("go on")
@@ -215,6 +215,24 @@ def test_regenerate_and_edit(page):
     page.wait_for(lambda: page.texts[0] == "one again")
     page.wait_idle()
     assert page.texts == ["one again", "You said: one again — é中🦊"]
+
+
+def test_turns_that_an_edit_drops_can_be_brought_back(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.say("one")
+    page.say("two")
+    texts = page.texts
+    page.point_at("article.user")
+    page.button("Edit").click()
+    page.one(".edit textarea").send_keys(Keys.CONTROL + "a" + Keys.NULL + "slow" + Keys.ENTER)
+    page.wait_for(lambda: "tick3 " in page.texts[-1])
+    assert page.text("#toast-text") == "Later messages were dropped."
+    page.click("#toast-action")
+    assert page.texts == texts and page.server.aborted.wait(20)
+    page.wait_idle()
+    page.browser.refresh()
+    page.wait_for(lambda: page.texts == texts)
 
 
 def test_rename_delete_and_undo(page):
@@ -372,7 +390,7 @@ def test_the_status_page(page):
     page.wait_for(live)
     assert panels["Running"].startswith("3") and panels["Waiting"].startswith("1")
     assert panels["Cache in use"] == "25.0 %" and panels["Prompt found in the cache"] == "80.0 %"
-    assert 15 < float(panels["Writing"].removesuffix("tokens/s")) < 25, "20 tokens a second"
+    assert 10 < float(panels["Writing"].removesuffix("tokens/s")) < 40, "20 tokens a second"
     assert "Experts on the CPU" not in panels, "what the server does not count is not shown"
     assert page.text("#model") == "demo-model"
     assert page.text("#totals tr:first-child td") == "42"
