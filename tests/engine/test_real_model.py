@@ -90,9 +90,9 @@ def test_among_fifteen_others_and_short_of_memory(tiny, reference):
     """Sixteen at once in too little memory: prompts that begin alike, texts of different lengths."""
     mates = [{"prompt_token_ids": [n, *PROMPT["prompt_token_ids"][: 10 * n]]} for n in range(1, 9)]
     mates += [{"prompt_token_ids": [*PROMPT["prompt_token_ids"][: 70 + n], n]} for n in range(7)]
-    params = [SamplingParams(seed=n, max_tokens=10 + 10 * n, ignore_eos=True) for n in range(15)]
+    params = [SamplingParams(seed=n, max_tokens=160 if n > 7 else 20, ignore_eos=True) for n in range(15)]
     options = {"max_model_len": 256, "num_threads": 2, "max_num_seqs": 16, "max_num_batched_tokens": 40}
-    with LLM(tiny, kv_cache_tokens=512, **options) as llm:
+    with LLM(tiny, kv_cache_tokens=448, **options) as llm:
         outputs = llm.generate([*mates, PROMPT], [*params, PARAMS], use_tqdm=False)
         stats = llm.stats()
     assert_same_bits(outputs[-1], reference)
