@@ -54,6 +54,7 @@ class Guidance:
             if matcher is not None:
                 self._compiled.move_to_end(wanted)
         if matcher is None:
+            self._tokens()  # takes seconds the first time, whatever is asked for
             matcher = self._compile_in_time(wanted)
             with self._lock:
                 self._compiled[wanted] = matcher
