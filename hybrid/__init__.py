@@ -10,21 +10,34 @@ from importlib.metadata import version as _distribution_version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrid.async_llm import AsyncLLM as AsyncLLM
     from hybrid.errors import HybridError as HybridError
     from hybrid.llm import LLM as LLM
     from hybrid.outputs import CompletionOutput as CompletionOutput
     from hybrid.outputs import RequestOutput as RequestOutput
     from hybrid.sampling_params import SamplingParams as SamplingParams
+    from hybrid.structured import StructuredOutputs as StructuredOutputs
 
 _EXPORTS = {
+    "AsyncLLM": "hybrid.async_llm",
     "LLM": "hybrid.llm",
     "SamplingParams": "hybrid.sampling_params",
     "RequestOutput": "hybrid.outputs",
     "CompletionOutput": "hybrid.outputs",
     "HybridError": "hybrid.errors",
+    "StructuredOutputs": "hybrid.structured",
 }
 
-__all__ = ["LLM", "CompletionOutput", "HybridError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "HybridError",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

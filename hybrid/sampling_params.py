@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hybrid.errors import RequestError
+from hybrid.structured import StructuredOutputs
 
 WHOLE_VOCABULARY = -1  # logprobs and prompt_logprobs: every token
 MAX_LOGPROBS = 1000  # above this a dictionary entry for each token costs more than the whole row
 MAX_STOP_STRINGS = 64
+MAX_COMPLETIONS = 64
 MAX_SEED = 2**63 - 1
 MAX_FLOAT = sys.float_info.max
 GREEDY_TEMPERATURE = 1e-5  # vLLM's: below it the temperature counts as 0
@@ -25,7 +27,7 @@ class SamplingParams:
     ``top_p``. Log-probabilities are those of the model, before any of these.
 
     Attributes:
-        n: completions of one prompt; only 1 so far.
+        n: completions of one prompt, which is computed once. Each has random numbers of its own.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: keep the likeliest tokens that together hold this probability; (0, 1].
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
@@ -45,7 +47,7 @@ class SamplingParams:
         allowed_token_ids: nothing else is written.
         include_stop_str_in_output: keep the stop string.
         skip_special_tokens: leave special tokens out of the text.
-        structured_outputs: not supported so far; must be ``None``.
+        structured_outputs: the form the text must have.
 
     Raises:
         RequestError: a value is of the wrong type or out of range, or is not supported.
@@ -71,10 +73,10 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    structured_outputs: None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
-        self._check_unsupported()
+        self._check_what()
         self._check_numbers()
         self._check_lengths()
         self._check_stops()
@@ -99,11 +101,10 @@ class SamplingParams:
             if count is not None and count > vocab_size:
                 _refuse(field, f"at most the {vocab_size} tokens of the vocabulary", count)
 
-    def _check_unsupported(self) -> None:
-        if _integer("n", self.n, 1) != 1:
-            _refuse("n", "1; several completions of one prompt are not supported yet", self.n)
-        if self.structured_outputs is not None:
-            _refuse("structured_outputs", "None; they are not supported yet", self.structured_outputs)
+    def _check_what(self) -> None:
+        _integer("n", self.n, 1, MAX_COMPLETIONS)
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            _refuse("structured_outputs", "StructuredOutputs", self.structured_outputs)
 
     def _check_numbers(self) -> None:
         _number("temperature", self.temperature, lambda x: x >= 0, "a number >= 0")

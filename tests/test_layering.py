@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     ("hybrid.__main__",),
     ("hybrid.cli",),
-    ("hybrid.bench", "hybrid.perplexity"),
+    ("hybrid.bench", "hybrid.perplexity", "hybrid.server"),
     ("hybrid.doctor",),
-    ("hybrid.llm",),
+    ("hybrid.llm", "hybrid.async_llm"),
     ("hybrid.forward",),
     ("hybrid.engine",),
     ("hybrid.models",),
@@ -38,7 +38,7 @@ LEVELS = (
         "hybrid.sampling_params",
         "hybrid.outputs",
     ),
-    ("hybrid.system_files",),
+    ("hybrid.structured", "hybrid.system_files"),
     ("hybrid.errors",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

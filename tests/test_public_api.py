@@ -17,8 +17,16 @@ SIGNATURES = {
     "LLM.__init__": [
         "self", "model", "rules", "max_model_len", "num_threads", "isa", "kv_format", "seed",
         "max_num_seqs", "max_num_batched_tokens", "progress", "ram_bytes", "fit", "experts_per_token",
-        "expert_threshold",
+        "expert_threshold", "kv_cache_tokens",
     ],
+    "AsyncLLM.__init__": [
+        "self", "model", "rules", "max_model_len", "num_threads", "isa", "kv_format", "seed",
+        "max_num_seqs", "max_num_batched_tokens", "progress", "ram_bytes", "fit", "experts_per_token",
+        "expert_threshold", "kv_cache_tokens", "max_queue", "max_queue_wait_s",
+    ],
+    "AsyncLLM.generate": ["self", "prompt", "sampling_params", "request_id", "on_prompt"],
+    "AsyncLLM.abort": ["self", "request_id"],
+    "AsyncLLM.close": ["self"],
     "LLM.generate": ["self", "prompts", "sampling_params", "use_tqdm"],
     "LLM.chat": ["self", "messages", "sampling_params", "use_tqdm", "template_options"],
     "LLM.stream": ["self", "prompt", "sampling_params"],
@@ -31,6 +39,7 @@ SIGNATURES = {
         "repetition_penalty", "logit_bias", "allowed_token_ids", "include_stop_str_in_output",
         "skip_special_tokens", "structured_outputs",
     ],
+    "StructuredOutputs": ["json", "regex", "choice", "grammar", "json_object", "after"],
     "RequestOutput": [
         "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics",
         "num_cached_tokens",
@@ -44,10 +53,12 @@ SIGNATURES = {
 def test_the_names():
     assert hybrid.__all__ == [
         "LLM",
+        "AsyncLLM",
         "CompletionOutput",
         "HybridError",
         "RequestOutput",
         "SamplingParams",
+        "StructuredOutputs",
         "__version__",
     ]
     assert dir(hybrid) == sorted(hybrid.__all__)
@@ -78,6 +89,8 @@ def test_types_are_published():
     [
         ("import hybrid", {"torch", "numpy", "tokenizers", "jinja2", "tqdm"}),
         ("from hybrid import SamplingParams", {"torch", "numpy"}),
+        ("from hybrid import StructuredOutputs", {"torch", "numpy", "llguidance"}),
+        ("import hybrid.engine.guidance", {"llguidance"}),
         ("from hybrid import RequestOutput", {"torch"}),
         ("import hybrid.gguf", {"torch", "gguf", "tokenizers"}),
         ("import hybrid.placement.planner", {"torch"}),

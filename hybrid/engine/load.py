@@ -15,6 +15,7 @@ from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
 from hybrid.config import KV_FORMATS, EngineConfig, ExpertUse, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
+from hybrid.engine.guidance import Guidance
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.log import get_logger
@@ -50,6 +51,7 @@ class LoadOptions:
     fit: bool = False
     experts_per_token: int | None = None
     expert_threshold: float | None = None
+    kv_cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *KV_FORMATS):
@@ -74,6 +76,16 @@ class LoadedModel:
     isa: str
     num_threads: int
     experts: ExpertUse
+
+    def describe(self) -> str:
+        """One line: what runs where, with which kernels, threads and context."""
+        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
+        cpu = f"ISA {self.isa}, {threads}, " if self.num_threads else ""
+        use = self.experts
+        reduced = "" if use.per_token is None else f", experts per token {use.per_token}"
+        reduced += f", expert threshold {use.threshold:g}" if use.threshold else ""
+        context = self.engine.config.max_model_len
+        return f"{self.path.name}: {self.plan.one_line()}; {cpu}context {context}{reduced}"
 
 
 def load(
@@ -102,6 +114,7 @@ def load(
             config,
             max_model_len=placements.size.max_model_len,
             max_num_batched_tokens=placements.size.max_num_batched_tokens,
+            kv_cache_tokens=placements.size.cache_tokens,
         )
         loaded = load_model(
             file,
@@ -114,7 +127,9 @@ def load(
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
-            engine = Engine(loaded, config, end_token_ids=tokenizer.stop_ids)
+            engine = Engine(
+                loaded, config, end_token_ids=tokenizer.stop_ids, constraint_factory=Guidance(tokenizer)
+            )
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(
@@ -149,6 +164,7 @@ def _plan(planner: Planner, options: LoadOptions, config: EngineConfig) -> Plan:
         config.max_num_seqs,
         config.max_num_batched_tokens,
         kv_format_of(options.kv_format, planner.rule_set),
+        options.kv_cache_tokens,
     )
     planned = planner.plan(size, fit=options.fit)
     for warning in planned.warnings:
@@ -178,6 +194,7 @@ def engine_config(options: LoadOptions, limit: int, rule_set: RuleSet | None = N
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         seed=options.seed,
+        kv_cache_tokens=options.kv_cache_tokens,
     )
     check_context(config, limit)
     return config
