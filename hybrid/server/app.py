@@ -1,0 +1,77 @@
+"""All endpoints and middleware of a server as one ASGI application."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from hybrid.server import errors, openapi
+from hybrid.server.body import read_body
+from hybrid.server.chat import ChatAnswer
+from hybrid.server.completions import CompletionAnswer
+from hybrid.server.context import ServerContext
+from hybrid.server.guard import Guard
+from hybrid.server.info import info_routes
+from hybrid.server.protocol import ChatBody, CompletionBody
+from hybrid.server.request_log import RequestLog
+from hybrid.server.respond import Reply
+
+PAGE = Path(__file__).parent / "page" / "index.html"
+_PAGE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def create_app(context: ServerContext) -> ASGIApp:
+    """The application. From outside in: log, key and origin, what nobody caught, endpoints."""
+    app = FastAPI(title="hybrid", version=version("hybrid-moe"), docs_url=None, redoc_url=None)
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    errors.add_handlers(app)
+    app.include_router(info_routes(context))
+    app.include_router(_generation_routes(context))
+    app.include_router(_page_route())
+    inner: ASGIApp = errors.Unexpected(app)
+    settings = context.settings
+    if settings.cors_origins:
+        inner = CORSMiddleware(
+            inner, allow_origins=settings.cors_origins, allow_methods=("GET", "POST"), allow_headers=("*",)
+        )
+    return RequestLog(Guard(inner, settings))
+
+
+def _generation_routes(context: ServerContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", openapi_extra=openapi.json_body(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, ChatBody, context.settings)
+        context.check_model(body.model)
+        return Reply(context, ChatAnswer(context, body))
+
+    @router.post("/v1/completions", openapi_extra=openapi.json_body(CompletionBody))
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, CompletionBody, context.settings)
+        context.check_model(body.model)
+        return Reply(context, CompletionAnswer(context, body))
+
+    return router
+
+
+def _page_route() -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        if not PAGE.is_file():
+            raise errors.not_found("this build has no web page; the API is under /v1")
+        return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+
+    return router
