@@ -10,6 +10,7 @@ from importlib.metadata import version as _distribution_version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrid.async_llm import AsyncLLM as AsyncLLM
     from hybrid.errors import HybridError as HybridError
     from hybrid.llm import LLM as LLM
     from hybrid.outputs import CompletionOutput as CompletionOutput
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hybrid.sampling_params import SamplingParams as SamplingParams
 
 _EXPORTS = {
+    "AsyncLLM": "hybrid.async_llm",
     "LLM": "hybrid.llm",
     "SamplingParams": "hybrid.sampling_params",
     "RequestOutput": "hybrid.outputs",
@@ -24,7 +26,15 @@ _EXPORTS = {
     "HybridError": "hybrid.errors",
 }
 
-__all__ = ["LLM", "CompletionOutput", "HybridError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "HybridError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

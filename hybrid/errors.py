@@ -95,5 +95,25 @@ class ContextLengthError(RequestError, CapacityError):
         )
 
 
+class QueueFullError(RequestError):
+    """Too many requests wait. ``num_waiting`` says how many; trying again later may work."""
+
+    def __init__(self, num_waiting: int, problem: str = "too many requests wait; try again later") -> None:
+        self.num_waiting = num_waiting
+        super().__init__(f"{problem} ({num_waiting} waiting)")
+
+
+class QueueTimeoutError(QueueFullError):
+    """A request waited longer than it may and was dropped before any work on it."""
+
+    def __init__(self, num_waiting: int, waited_s: float) -> None:
+        self.waited_s = waited_s
+        super().__init__(num_waiting, f"the request waited for {waited_s:.1f} s and was dropped")
+
+
+class EngineError(HybridError):
+    """The engine failed before and answers nothing more; the cause is attached. Load the model again."""
+
+
 class ConfigError(HybridError, ValueError):
     """An option, environment variable or configuration value is invalid."""

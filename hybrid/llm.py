@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,10 @@ from tqdm import tqdm
 from hybrid.chat import ChatTemplate
 from hybrid.config import KVFormat
 from hybrid.engine.load import LoadOptions, load
-from hybrid.engine.requests import Request, Requests, TokenStream
+from hybrid.engine.prompts import ParsedPrompt, Prompt, parse_prompt
+from hybrid.engine.requests import Requests, TokenStream
+from hybrid.engine.stats import EngineStats
+from hybrid.engine.thread import Event
 from hybrid.errors import RequestError
 from hybrid.outputs import RequestOutput
 from hybrid.placement.planner import Plan
@@ -20,15 +24,15 @@ from hybrid.placement.rules import Rules
 from hybrid.sampling_params import SamplingParams
 from hybrid.tokenizer import Tokenizer
 
-Prompt = str | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
 class LLM:
     """A loaded model that writes text.
 
-    Several threads may use it; their requests take turns, step by step. It prints nothing and installs no
-    signal handlers; `close` frees everything, and a ``with`` statement calls it.
+    The model runs on a thread of its own, so it works in notebooks, and several threads may use it: their
+    requests run together. It prints nothing and installs no signal handlers; `close` frees everything, and a
+    ``with`` statement calls it.
 
     Args:
         model: a GGUF file (any shard of a split one); ``None`` or ``"demo"`` for the bundled model.
@@ -80,6 +84,11 @@ class LLM:
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)
 
     @property
+    def errored(self) -> BaseException | None:
+        """What ended the engine; ``None`` while it works."""
+        return self._requests.errored
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._loaded.tokenizer
 
@@ -98,13 +107,7 @@ class LLM:
 
     def describe(self) -> str:
         """One line: what runs where, with which kernels, threads and context."""
-        loaded = self._loaded
-        threads = "1 thread" if loaded.num_threads == 1 else f"{loaded.num_threads} threads"
-        cpu = f"ISA {loaded.isa}, {threads}, " if loaded.num_threads else ""
-        use = loaded.experts
-        reduced = "" if use.per_token is None else f", experts per token {use.per_token}"
-        reduced += f", expert threshold {use.threshold:g}" if use.threshold else ""
-        return f"{loaded.path.name}: {loaded.plan.one_line()}; {cpu}context {self.max_model_len}{reduced}"
+        return self._loaded.describe()
 
     def generate(
         self,
@@ -155,7 +158,7 @@ class LLM:
         Each `RequestOutput` holds what is new: token ids, log-probabilities, and text as far as it is
         certain. Closing the stream ends the request. Invalid requests raise before the first one.
         """
-        return TokenStream(self._requests, self._add(self._parse(prompt), sampling_params))
+        return self._requests.stream(self._parse(prompt), sampling_params)
 
     def stream_chat(
         self,
@@ -164,8 +167,11 @@ class LLM:
         **template_options: Any,
     ) -> TokenStream:
         """`stream` for a conversation."""
-        request = self._add(self._render(messages, template_options), sampling_params)
-        return TokenStream(self._requests, request)
+        return self._requests.stream(self._render(messages, template_options), sampling_params)
+
+    def stats(self) -> EngineStats:
+        """What runs, what waits, and what was done so far."""
+        return self._requests.stats()
 
     def close(self) -> None:
         """Free the model. Calling it again does nothing; any other use afterwards is an error."""
@@ -179,32 +185,17 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _parse(self, prompt: Any) -> tuple[str | None, list[int]]:
+    def _parse(self, prompt: Any) -> ParsedPrompt:
         self._requests.check_open()
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return None, _token_ids(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            expected = "a text that is not empty, {'prompt': text} or {'prompt_token_ids': ids}"
-            raise RequestError("invalid prompt", field="prompt", expected=expected, found=prompt)
-        return prompt, self.tokenizer.encode(prompt)
+        return parse_prompt(prompt, self.tokenizer)
 
-    def _render(self, messages: Any, options: dict[str, Any]) -> tuple[str | None, list[int]]:
+    def _render(self, messages: Any, options: dict[str, Any]) -> ParsedPrompt:
         self._requests.check_open()
-        return None, self.chat_template.encode(messages, **options)
-
-    def _add(self, prompt: tuple[str | None, list[int]], params: SamplingParams | None) -> Request:
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                "invalid type", field="sampling_params", expected="SamplingParams", found=params
-            )
-        return self._requests.add(*prompt, params)
+        return ParsedPrompt(None, self.chat_template.encode(messages, **options))
 
     def _generate(
         self,
-        prompts: list[tuple[str | None, list[int]]],
+        prompts: list[ParsedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
@@ -219,26 +210,30 @@ class LLM:
                 expected=f"one, or one for each of {len(prompts)} prompts",
                 found=len(params),
             )
-        requests: list[Request] = []
+        ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, BaseException) or (isinstance(event, RequestOutput) and event.finished):
+                ends.put(event)
+
+        requests = [
+            self._requests.prepare(prompt, each, deliver)
+            for prompt, each in zip(prompts, params, strict=True)
+        ]
         try:
-            requests += (self._add(prompt, each) for prompt, each in zip(prompts, params, strict=True))
-            with tqdm(total=len(requests), unit="prompt", disable=None if use_tqdm else True) as bar:
-                for request in requests:
-                    while not request.state.finished:
-                        request.new.clear()
-                        self._requests.advance(request)
-                    bar.update()
-            return [request.state.result() for request in requests]
-        finally:
             for request in requests:
-                self._requests.drop(request)
+                self._requests.submit(request)
+            self._await_all(ends, len(requests), use_tqdm)
+        except BaseException:
+            for request in requests:
+                self._requests.abort(request)
+            raise
+        return [request.state.result() for request in requests]
 
-
-def _token_ids(ids: Any) -> list[int]:
-    """Prompt token ids as a list; arrays and tensors are taken too. The engine checks the values."""
-    values = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise RequestError(
-            "invalid type", field="prompt_token_ids", expected="a sequence of token ids", found=ids
-        )
-    return list(values)
+    def _await_all(self, ends: queue.SimpleQueue[Event], count: int, use_tqdm: bool) -> None:
+        with tqdm(total=count, unit="prompt", disable=None if use_tqdm else True) as bar:
+            for _ in range(count):
+                event = ends.get()
+                if isinstance(event, BaseException):
+                    raise event
+                bar.update()

@@ -18,7 +18,7 @@ LEVELS = (
     ("hybrid.cli",),
     ("hybrid.bench", "hybrid.bench_serve", "hybrid.perplexity", "hybrid.server"),
     ("hybrid.doctor",),
-    ("hybrid.llm",),
+    ("hybrid.llm", "hybrid.async_llm"),
     ("hybrid.forward",),
     ("hybrid.engine",),
     ("hybrid.models",),

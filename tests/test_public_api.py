@@ -19,6 +19,14 @@ SIGNATURES = {
         "max_num_seqs", "max_num_batched_tokens", "progress", "ram_bytes", "fit", "experts_per_token",
         "expert_threshold",
     ],
+    "AsyncLLM.__init__": [
+        "self", "model", "rules", "max_model_len", "num_threads", "isa", "kv_format", "seed",
+        "max_num_seqs", "max_num_batched_tokens", "progress", "ram_bytes", "fit", "experts_per_token",
+        "expert_threshold", "max_queue", "max_queue_wait_s",
+    ],
+    "AsyncLLM.generate": ["self", "prompt", "sampling_params", "request_id", "on_prompt"],
+    "AsyncLLM.abort": ["self", "request_id"],
+    "AsyncLLM.close": ["self"],
     "LLM.generate": ["self", "prompts", "sampling_params", "use_tqdm"],
     "LLM.chat": ["self", "messages", "sampling_params", "use_tqdm", "template_options"],
     "LLM.stream": ["self", "prompt", "sampling_params"],
@@ -44,6 +52,7 @@ SIGNATURES = {
 def test_the_names():
     assert hybrid.__all__ == [
         "LLM",
+        "AsyncLLM",
         "CompletionOutput",
         "HybridError",
         "RequestOutput",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 
 import torch
 
-from hybrid.config import EngineConfig
+from hybrid.config import BLOCK_SIZE, EngineConfig
+from hybrid.engine.constraint import Constraint, ConstraintFactory
 from hybrid.engine.logprobs import PromptLogprobsBuilder, check_whole_vocabulary_size
 from hybrid.engine.model_runner import CausalLM, ModelRunner
 from hybrid.engine.sampler import Sampler
 from hybrid.engine.scheduler import Scheduler
-from hybrid.engine.sequence import Sequence, TokenOutput
+from hybrid.engine.sequence import FailedRequest, Sequence, TokenOutput
+from hybrid.engine.stats import Counters, EngineStats
 from hybrid.engine.torch_threads import single_torch_thread
 from hybrid.errors import ConfigError, ContextLengthError, RequestError
 from hybrid.sampling_params import MAX_SEED, WHOLE_VOCABULARY, SamplingParams
@@ -20,14 +24,20 @@ from hybrid.sampling_params import MAX_SEED, WHOLE_VOCABULARY, SamplingParams
 class Engine:
     """Owns the model, its cache and the running requests. Knows token ids only, and no text.
 
-    Not thread-safe. ``end_token_ids`` are the model's own end tokens.
+    Not thread-safe, but for `prepare`. ``end_token_ids`` are the model's own end tokens;
+    ``constraint_factory`` makes the grammars of structured output.
 
     Raises:
         ConfigError: ``max_model_len`` is more than the model was made for.
     """
 
     def __init__(
-        self, model: CausalLM, config: EngineConfig, *, end_token_ids: frozenset[int] = frozenset()
+        self,
+        model: CausalLM,
+        config: EngineConfig,
+        *,
+        end_token_ids: frozenset[int] = frozenset(),
+        constraint_factory: ConstraintFactory | None = None,
     ) -> None:
         check_context(config, model.config.max_position_embeddings)
         self.model, self.config = model, config
@@ -36,19 +46,22 @@ class Engine:
         self.scheduler = Scheduler(config)
         self.model_runner = ModelRunner(model)
         self.sampler = Sampler()
+        self._constraint_factory = constraint_factory
+        self.interrupted: Callable[[], bool] = lambda: False  # asked between layers of a prompt
+        self.counters = Counters()
         self._sequences: dict[str, Sequence] = {}
         self._seeds = torch.Generator().manual_seed(config.seed)
         model.allocate_cache(self.scheduler.pool.num_blocks)
 
-    def add_request(self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams) -> None:
-        """Queue a request. Everything that can be refused is refused here, before any work.
+    def prepare(self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams) -> Sequence:
+        """A request to `add`. Everything that can be refused is refused here, before any work.
+
+        Any thread may call it. Grammars of structured output are compiled here, which can take long.
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token in the context.
-            RequestError: an empty prompt, an invalid token id, a request id in use, or too much asked for.
+            RequestError: an empty prompt, an invalid token id, or too much asked for.
         """
-        if request_id in self._sequences:
-            raise RequestError("is in use", field="request_id", expected="a new one", found=request_id)
         self._check_prompt(prompt_token_ids)
         max_tokens = self.config.max_model_len - len(prompt_token_ids)
         if params.max_tokens is not None:
@@ -57,29 +70,49 @@ class Engine:
         builder = None
         if params.prompt_logprobs is not None:
             builder = PromptLogprobsBuilder(prompt_token_ids, params.prompt_logprobs, self.vocab_size)
-        sequence = Sequence(
+        return Sequence(
             request_id,
             prompt_token_ids,
             params,
             end_token_ids=self.end_token_ids,
             max_tokens=max_tokens,
-            seed=self._next_seed() if params.seed is None else params.seed,
             prompt_logprobs=builder,
+            constraint=self._constraint(params),
         )
-        self._sequences[request_id] = sequence
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a prepared request.
+
+        Raises:
+            RequestError: its id is in use.
+        """
+        if sequence.request_id in self._sequences:
+            raise RequestError(
+                "is in use", field="request_id", expected="a new one", found=sequence.request_id
+            )
+        sequence.seed(self._next_seed() if sequence.params.seed is None else sequence.params.seed)
+        self._sequences[sequence.request_id] = sequence
+        self.counters.prompt_tokens_total += sequence.num_prompt_tokens
         self.scheduler.add(sequence)
 
-    def step(self) -> list[TokenOutput]:
+    def add_request(self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams) -> None:
+        """`prepare` and `add`; raises what they do."""
+        self.add(self.prepare(request_id, prompt_token_ids, params))
+
+    def step(self) -> list[TokenOutput | FailedRequest]:
         """Compute some tokens of some requests; what came of it, for requests that got a token."""
         batch = self.scheduler.schedule()
         if not batch:
             return []
+        started = time.perf_counter()
         with single_torch_thread():
             logits = self.model_runner.run(batch)
             sampled = self.sampler.sample(logits, [item.sequence for item in batch if item.samples])
+        self.counters.count_step(time.perf_counter() - started, decode=all(item.decodes for item in batch))
         outputs = self.scheduler.postprocess(batch, sampled)
+        self.counters.generation_tokens_total += len(outputs)
         for output in outputs:
-            if output.finish_reason is not None:
+            if isinstance(output, FailedRequest) or output.finish_reason is not None:
                 del self._sequences[output.request_id]
         return outputs
 
@@ -89,9 +122,20 @@ class Engine:
         if sequence is not None:
             self.scheduler.finish(sequence)
 
-    def num_computed_tokens(self, request_id: str) -> int:
-        """Tokens of an unfinished request that are in the cache."""
-        return self._sequences[request_id].num_computed_tokens
+    def sequences_in_prompt(self) -> list[Sequence]:
+        """Those of whose prompt some is computed, and some is not."""
+        return [s for s in self.scheduler.running if 0 < s.num_computed_tokens < s.num_prompt_tokens]
+
+    def stats(self, num_requests_running: int, num_requests_waiting: int) -> EngineStats:
+        """Any thread may call it."""
+        pool = self.scheduler.pool
+        return EngineStats(
+            num_requests_running=num_requests_running,
+            num_requests_waiting=num_requests_waiting,
+            kv_cache_usage=1 - pool.num_free / pool.num_blocks,
+            kv_cache_tokens=pool.num_blocks * BLOCK_SIZE,
+            **vars(self.counters),
+        )
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._sequences)
@@ -104,6 +148,14 @@ class Engine:
 
     def _next_seed(self) -> int:
         return int(torch.randint(MAX_SEED, (), generator=self._seeds))
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        wanted: object = params.structured_outputs
+        if wanted is None:
+            return None
+        if self._constraint_factory is None:
+            raise RequestError("this engine has no grammars", field="structured_outputs")
+        return self._constraint_factory(wanted)
 
     def _check_prompt(self, prompt_token_ids: Tokens[int]) -> None:
         if not prompt_token_ids:

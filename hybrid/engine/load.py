@@ -75,6 +75,16 @@ class LoadedModel:
     num_threads: int
     experts: ExpertUse
 
+    def describe(self) -> str:
+        """One line: what runs where, with which kernels, threads and context."""
+        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
+        cpu = f"ISA {self.isa}, {threads}, " if self.num_threads else ""
+        use = self.experts
+        reduced = "" if use.per_token is None else f", experts per token {use.per_token}"
+        reduced += f", expert threshold {use.threshold:g}" if use.threshold else ""
+        context = self.engine.config.max_model_len
+        return f"{self.path.name}: {self.plan.one_line()}; {cpu}context {context}{reduced}"
+
 
 def load(
     model: str | Path | None, options: LoadOptions, progress: Callable[[int, int], None] | None = None

@@ -56,7 +56,7 @@ class RequestState:
         """Take in a token; returns what it adds. `finished` may turn true by a stop string."""
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
         self._metrics = output.metrics
-        text = "" if output.finish_reason == "stop" else self._stream.push(output.sampled.token_id)
+        text = self._stream.push(output.sampled.token_id) if output.is_text else ""
         if self.finished:
             text += self._stream.finish()
         if self._stream.stopped_by is not None:

@@ -1,93 +1,107 @@
-"""Open requests of an engine: each step's tokens go to whichever request they belong to."""
+"""What makes and follows requests, for `LLM` and `AsyncLLM` alike."""
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import deque
+import queue
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
 from hybrid.engine.engine import Engine
 from hybrid.engine.output_processor import RequestState
+from hybrid.engine.prompts import ParsedPrompt
+from hybrid.engine.stats import EngineStats
+from hybrid.engine.thread import EngineThread, Event, PromptProgress, Request
 from hybrid.errors import RequestError
 from hybrid.outputs import RequestOutput
 from hybrid.sampling_params import SamplingParams
 from hybrid.tokenizer import Tokenizer
 
 
-class Request:
-    """A request's state, and the outputs that nobody has taken yet."""
-
-    def __init__(self, state: RequestState) -> None:
-        self.state = state
-        self.new: deque[RequestOutput] = deque()
-
-
 class Requests:
-    """Adds requests to an engine and sorts what comes out. Several may be open, from several threads."""
+    """Requests to an engine that runs on a thread of its own. Any thread may use it.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self._lock = threading.RLock()
+    Limits are those of `EngineThread`. When it is dropped, or the program ends, it closes itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        max_queue: int | None = None,
+        max_queue_wait_s: float | None = None,
+    ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._ids = itertools.count()
-        self._open: dict[str, Request] = {}
-        self._closed = False
+        self._thread = EngineThread(engine, max_queue, max_queue_wait_s)
+        weakref.finalize(self, self._thread.close)
 
-    def add(self, text: str | None, token_ids: list[int], params: SamplingParams) -> Request:
-        """Queue a request; invalid ones raise `RequestError` here."""
-        with self._lock:
-            self.check_open()
-            request_id = str(next(self._ids))
-            self._engine.add_request(request_id, token_ids, params)
-            detokenizer = self._tokenizer.detokenizer(
-                skip_special=params.skip_special_tokens, prompt_ids=token_ids
+    @property
+    def errored(self) -> BaseException | None:
+        """What ended the engine; ``None`` while it works."""
+        return self._thread.errored
+
+    def prepare(
+        self,
+        prompt: ParsedPrompt,
+        params: SamplingParams | None,
+        deliver: Callable[[Event], None],
+        request_id: str | None = None,
+    ) -> Request:
+        """A request to `submit`. Checks everything but its id, which can take a while.
+
+        Raises:
+            RequestError: the prompt or a parameter is invalid.
+        """
+        self.check_open()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                "invalid type", field="sampling_params", expected="SamplingParams", found=params
             )
-            state = RequestState(request_id, text, token_ids, params, detokenizer, self._decode_one)
-            request = self._open[request_id] = Request(state)
-            return request
+        if request_id is None:
+            request_id = f"request-{next(self._ids)}"
+        sequence = self._engine.prepare(request_id, prompt.token_ids, params)
+        detokenizer = self._tokenizer.detokenizer(
+            skip_special=params.skip_special_tokens, prompt_ids=prompt.token_ids
+        )
+        state = RequestState(request_id, *prompt, params, detokenizer, self._decode_one)
+        return Request(state, sequence, deliver)
 
-    def advance(self, request: Request) -> None:
-        """One step of the engine for all requests, unless ``request`` has ended or has outputs to take."""
-        with self._lock:
-            self.check_open()
-            if request.state.finished or request.new:
-                return
-            for output in self._engine.step():
-                advanced = self._open[output.request_id]
-                advanced.new.append(advanced.state.update(output))
-                if advanced.state.finished:
-                    self.drop(advanced)
+    def submit(self, request: Request) -> None:
+        """See `EngineThread.submit`."""
+        self._thread.submit(request)
 
-    def drop(self, request: Request) -> None:
-        """End a request; one that has ended is left alone."""
-        with self._lock:
-            if self._open.pop(request.state.request_id, None) is not None:
-                self._engine.abort_request(request.state.request_id)
+    def abort(self, request: Request) -> None:
+        """End a request within a step; one that has ended is left alone."""
+        self._thread.abort(request)
 
-    def prompt_progress(self, request: Request) -> tuple[int, int]:
-        """Tokens of the prompt that are computed, and in all; all of a request that has ended."""
-        total = len(request.state.prompt_token_ids)
-        with self._lock:
-            open_ = self.is_open(request)
-            return self._engine.num_computed_tokens(request.state.request_id) if open_ else total, total
+    def abort_id(self, request_id: str) -> None:
+        """`abort` the open request of this id, if there is one."""
+        request = self._thread.find(request_id)
+        if request is not None:
+            self._thread.abort(request)
 
-    def is_open(self, request: Request) -> bool:
-        return request.state.request_id in self._open
+    def stream(self, prompt: ParsedPrompt, params: SamplingParams | None) -> TokenStream:
+        """`prepare` and `submit`, with an iterator over what comes."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request = self.prepare(prompt, params, events.put)
+        self.submit(request)
+        return TokenStream(self, request, events)
+
+    def stats(self) -> EngineStats:
+        return self._thread.stats()
 
     def check_open(self) -> None:
-        """Raise `RequestError` after `close`."""
-        if self._closed:
-            raise RequestError("it is closed; load the model again", field="LLM")
+        """Raise `RequestError` after `close`, `EngineError` after a failure of the engine."""
+        self._thread.check_open()
 
     def close(self) -> None:
-        """Drop everything and free the engine. Calling it again does nothing."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._open.clear()
-                self._engine.close()
+        """End every request, free the engine, join its thread. Calling it again does nothing."""
+        self._thread.close()
 
     def _decode_one(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
@@ -96,29 +110,38 @@ class Requests:
 class TokenStream(Iterator[RequestOutput]):
     """What a request adds, step by step. `close`, a ``with`` statement or its deletion end the request.
 
+    The engine does not wait for its reader.
+
     Attributes:
-        on_prompt: called between the steps before the first token with (prompt tokens computed, in all).
+        on_prompt: called while the first token is awaited with (prompt tokens computed, in all).
     """
 
-    def __init__(self, requests: Requests, request: Request) -> None:
-        self._requests, self._request = requests, request
+    def __init__(self, requests: Requests, request: Request, events: queue.SimpleQueue[Event]) -> None:
+        self._requests, self._request, self._events = requests, request, events
+        self._ended = False
         self.on_prompt: Callable[[int, int], None] | None = None
 
     def __next__(self) -> RequestOutput:
-        while not self._request.new:
-            if self._request.state.finished:
-                raise StopIteration
-            self._requests.advance(self._request)
-            if self.on_prompt is not None and not self._request.new:
-                self.on_prompt(*self._requests.prompt_progress(self._request))
-        return self._request.new.popleft()
+        while not self._ended:
+            event = self._events.get()
+            if isinstance(event, PromptProgress):
+                if self.on_prompt is not None:
+                    self.on_prompt(event.num_done, event.num_total)
+                continue
+            self._ended = isinstance(event, BaseException) or event.finished
+            if isinstance(event, BaseException):
+                raise event
+            return event
+        raise StopIteration
 
     def close(self) -> None:
-        """End the request; `result` still has what it wrote."""
-        if self._requests.is_open(self._request):
-            self._requests.drop(self._request)
-            self._request.state.abort()
-        self._request.new.clear()
+        """End the request and wait for that; `result` still has what it wrote."""
+        self._requests.abort(self._request)
+        while not self._ended:
+            event = self._events.get()
+            self._ended = isinstance(event, BaseException) or (
+                isinstance(event, RequestOutput) and event.finished
+            )
 
     def result(self) -> RequestOutput:
         """Everything so far, as `LLM.generate` returns it."""
@@ -133,4 +156,5 @@ class TokenStream(Iterator[RequestOutput]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not self._ended:
+            self._requests.abort(self._request)

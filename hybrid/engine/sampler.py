@@ -12,8 +12,8 @@ from collections import Counter
 import torch
 
 from hybrid.engine.logprobs import token_logprobs
-from hybrid.engine.sequence import SampledToken, Sequence
-from hybrid.errors import ModelError
+from hybrid.engine.sequence import FailedSample, SampledToken, Sequence
+from hybrid.errors import ModelError, RequestError
 from hybrid.sampling_params import SamplingParams
 
 TOP_P_FIRST_GUESS = 256  # candidates sorted first when only top_p limits them; widened until they hold it
@@ -22,22 +22,29 @@ TOP_P_FIRST_GUESS = 256  # candidates sorted first when only top_p limits them; 
 class Sampler:
     """Chooses the next token of each sequence."""
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken | FailedSample]:
         """One token for each row of float32 ``logits`` ``[n, vocab]`` and its sequence.
+
+        A constraint that fails, or that allows nothing, fails its own sequence.
 
         Raises:
             ModelError: a row has no finite maximum: the model computed NaN or infinity.
         """
         return [self._sample_row(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
 
-    def _sample_row(self, logits: torch.Tensor, sequence: Sequence) -> SampledToken:
+    def _sample_row(self, logits: torch.Tensor, sequence: Sequence) -> SampledToken | FailedSample:
         if not math.isfinite(logits.max()):
             raise ModelError(
                 f"request {sequence.request_id!r}, position {len(sequence.token_ids)}: the logits are not "
                 f"finite (maximum {float(logits.max())}): the model's file or its kernels are broken"
             )
         params = sequence.params
-        adjusted = adjust_logits(logits, sequence)
+        try:
+            adjusted = adjust_logits(logits, sequence)
+        except Exception as error:
+            if sequence.constraint is None:
+                raise
+            return FailedSample(error)
         if params.greedy:
             token_id = int(adjusted.argmax())
         else:
@@ -50,19 +57,32 @@ class Sampler:
 
 
 def adjust_logits(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """Everything that can change which token is the likeliest; returns ``logits`` itself if nothing does."""
+    """Everything that can change which token is the likeliest; returns ``logits`` itself if nothing does.
+
+    Raises:
+        RequestError: the sequence's constraint leaves nothing to choose.
+    """
     params = sequence.params
-    result = logits
+    result = _constrained(logits, sequence)
     if params.allowed_token_ids is not None:
         allowed = torch.tensor(params.allowed_token_ids)
-        result = torch.full_like(logits, -math.inf)
-        result[allowed] = logits[allowed]
+        result = torch.full_like(logits, -math.inf).index_copy(0, allowed, result[allowed])
+    if sequence.constraint is not None and result.max() == -math.inf:
+        raise RequestError("the grammar allows no token here", field="structured_outputs")
     if sequence.num_output_tokens < params.min_tokens and sequence.stopping_token_ids:
-        result = result.index_fill(0, torch.tensor(sorted(sequence.stopping_token_ids)), -math.inf)
+        going_on = result.index_fill(0, torch.tensor(sorted(sequence.stopping_token_ids)), -math.inf)
+        # A text that its grammar has completed ends before min_tokens.
+        if sequence.constraint is None or going_on.max() > -math.inf:
+            result = going_on
     if params.logit_bias:
         ids, values = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
         result = result.index_add(0, ids, values.to(result.dtype))
     return _apply_penalties(result, sequence)
+
+
+def _constrained(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    mask = None if sequence.constraint is None else sequence.constraint.allowed_mask()
+    return logits if mask is None else logits.masked_fill(~mask, -math.inf)
 
 
 def _apply_penalties(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:

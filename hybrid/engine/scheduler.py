@@ -7,7 +7,14 @@ from collections import deque
 from dataclasses import dataclass
 
 from hybrid.config import EngineConfig
-from hybrid.engine.sequence import SampledToken, Sequence, Status, TokenOutput
+from hybrid.engine.sequence import (
+    FailedRequest,
+    FailedSample,
+    SampledToken,
+    Sequence,
+    Status,
+    TokenOutput,
+)
 from hybrid.kvcache.pool import BlockPool, blocks_for
 
 
@@ -69,20 +76,19 @@ class Scheduler:
             sequence.started = time.perf_counter()
             self.running.append(sequence)
 
-    def postprocess(self, batch: list[ScheduledSequence], sampled: list[SampledToken]) -> list[TokenOutput]:
+    def postprocess(
+        self, batch: list[ScheduledSequence], sampled: list[SampledToken | FailedSample]
+    ) -> list[TokenOutput | FailedRequest]:
         """Book what was computed, append a token to each sequence that samples, end what ends."""
-        outputs = []
+        outputs: list[TokenOutput | FailedRequest] = []
         chosen = iter(sampled)
         for item in batch:
             sequence, samples = item.sequence, item.samples
             sequence.num_computed_tokens += item.num_new_tokens
-            if not samples:
-                continue
-            token = next(chosen)
-            sequence.append(token.token_id)
-            if sequence.finish_reason is not None:
-                self.finish(sequence)
-            outputs.append(_output(sequence, token))
+            if samples:
+                outputs.append(_appended(sequence, next(chosen)))
+                if isinstance(outputs[-1], FailedRequest) or outputs[-1].finish_reason is not None:
+                    self.finish(sequence)
         return outputs
 
     def finish(self, sequence: Sequence) -> None:
@@ -103,7 +109,15 @@ class Scheduler:
         self.pool.reset()
 
 
-def _output(sequence: Sequence, token: SampledToken) -> TokenOutput:
+def _appended(sequence: Sequence, token: SampledToken | FailedSample) -> TokenOutput | FailedRequest:
+    if isinstance(token, FailedSample):
+        return FailedRequest(sequence.request_id, token.error)
+    try:
+        sequence.append(token.token_id)
+    except Exception as error:
+        if sequence.constraint is None:
+            raise
+        return FailedRequest(sequence.request_id, error)
     prompt_logprobs = None
     if sequence.num_output_tokens == 1 and sequence.prompt_logprobs is not None:
         prompt_logprobs = sequence.prompt_logprobs.finish()
@@ -114,4 +128,5 @@ def _output(sequence: Sequence, token: SampledToken) -> TokenOutput:
         prompt_logprobs,
         sequence.finish_reason,
         sequence.stop_reason,
+        sequence.ends_in_text,
     )

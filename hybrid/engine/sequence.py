@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hybrid.engine.constraint import Constraint
 from hybrid.engine.logprobs import PromptLogprobsBuilder
 from hybrid.outputs import FinishReason, PromptLogprobs, RequestMetrics, TokenLogprobs
 from hybrid.sampling_params import SamplingParams
@@ -30,8 +31,19 @@ class SampledToken:
 
 
 @dataclass(frozen=True)
+class FailedSample:
+    """No token could be chosen, for a reason that concerns this sequence alone."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
 class TokenOutput:
-    """What one step did for a request: the new token, and how the request stands."""
+    """What one step did for a request: the new token, and how the request stands.
+
+    Attributes:
+        is_text: whether the token belongs to the text; one that ends it does not.
+    """
 
     request_id: str
     sampled: SampledToken
@@ -39,6 +51,15 @@ class TokenOutput:
     prompt_logprobs: PromptLogprobs | list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    is_text: bool = True
+
+
+@dataclass(frozen=True)
+class FailedRequest:
+    """A request that ended with an error of its own."""
+
+    request_id: str
+    error: Exception
 
 
 class Sequence:
@@ -56,8 +77,8 @@ class Sequence:
         *,
         end_token_ids: frozenset[int],
         max_tokens: int,
-        seed: int,
         prompt_logprobs: PromptLogprobsBuilder | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
@@ -65,13 +86,15 @@ class Sequence:
         self.params = params
         self.end_token_ids = frozenset() if params.ignore_eos else end_token_ids
         self.max_tokens = max_tokens
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator()
         self.prompt_logprobs = prompt_logprobs
+        self.constraint = constraint
         self.block_table: list[int] = []
         self.num_computed_tokens = 0
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.ends_in_text = True  # whether the last token belongs to the text
         self.arrived = time.perf_counter()
         self.started: float | None = None
         self.first_token: float | None = None
@@ -94,8 +117,12 @@ class Sequence:
         """Tokens that end the text: the model's and the request's."""
         return self.end_token_ids.union(self.params.stop_token_ids or ())
 
+    def seed(self, seed: int) -> None:
+        """Start the sequence's own random numbers."""
+        self.generator.manual_seed(seed)
+
     def append(self, token_id: int) -> None:
-        """Add a chosen token and see whether the request ends with it."""
+        """Add a chosen token and see whether the request ends with it. Errors are the constraint's."""
         self.token_ids.append(token_id)
         self.last_token = time.perf_counter()
         if self.first_token is None:
@@ -103,7 +130,14 @@ class Sequence:
         if self.num_output_tokens >= self.params.min_tokens and token_id in self.stopping_token_ids:
             self.finish_reason = "stop"
             self.stop_reason = None if token_id in self.end_token_ids else token_id
-        elif self.num_output_tokens >= self.max_tokens:
+            self.ends_in_text = False
+            return
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
+            if self.constraint.finished:
+                self.finish_reason = "stop"
+                return
+        if self.num_output_tokens >= self.max_tokens:
             self.finish_reason = "length"
 
     def metrics(self) -> RequestMetrics:

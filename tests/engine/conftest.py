@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,11 +35,19 @@ class MockModel:
         self.closed = False
         self.fail_at: int | None = None
         self.poison = False
+        self.seconds = 0.0
+        self._actions: dict[int, Callable[[], object]] = {}
+
+    def on_forward(self, count: int, action: Callable[[], object]) -> None:
+        """Call ``action`` in the ``count``-th forward from now."""
+        self._actions[len(self.batches) + count] = action
 
     def allocate_cache(self, num_blocks: int) -> None:
         self.cache = torch.full((num_blocks * BLOCK_SIZE,), -1, dtype=torch.int64)
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        time.sleep(self.seconds)
+        self._actions.pop(len(self.batches), lambda: None)()
         if self.fail_at is not None and len(self.batches) >= self.fail_at:
             raise KeyboardInterrupt
         self.cache[batch.slot_mapping.long()] = token_ids.long()

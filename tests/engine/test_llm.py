@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ import hybrid.llm
 from hybrid.chat import ChatTemplate
 from hybrid.config import ExpertUse
 from hybrid.engine.load import LoadedModel
-from hybrid.errors import ContextLengthError, RequestError, TokenizerError
+from hybrid.errors import ContextLengthError, EngineError, ModelError, RequestError, TokenizerError
 from hybrid.llm import LLM
 from hybrid.sampling_params import SamplingParams
 
@@ -64,13 +68,24 @@ def make_llm(monkeypatch, make_engine):
             ExpertUse(),
         )
         monkeypatch.setattr(hybrid.llm, "load", lambda *args: loaded)
-        return LLM("mock.gguf")
+        made.append(LLM("mock.gguf"))
+        return made[-1]
 
-    return make
+    made = make.made = []
+    yield make
+    for llm in made:
+        llm.close()
 
 
 def engine_of(llm):
     return llm._loaded.engine
+
+
+def wait_until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def text_of(outputs):
@@ -199,6 +214,7 @@ def test_streams_share_the_engine(make_llm):
 
 def test_leaving_a_stream_ends_its_request(make_llm):
     llm = make_llm()
+    engine_of(llm).model.seconds = 0.01
     with llm.stream("one", SamplingParams()) as stream:
         next(stream)
     assert not engine_of(llm).has_unfinished_requests()
@@ -206,6 +222,7 @@ def test_leaving_a_stream_ends_its_request(make_llm):
     assert stream.result().outputs[0].finish_reason == "abort"
     llm.stream("one", SamplingParams())  # never started
     gc.collect()
+    wait_until(lambda: llm.stats().num_requests_running + llm.stats().num_requests_waiting == 0)
     assert not engine_of(llm).has_unfinished_requests()
     assert len(text_of(llm.generate("hello", GREEDY))[0]) == 12
 
@@ -213,10 +230,10 @@ def test_leaving_a_stream_ends_its_request(make_llm):
 def test_ctrl_c_leaves_the_engine_usable(make_llm):
     llm = make_llm()
     expected = text_of(llm.generate(["hello", "you"], GREEDY))
-    engine_of(llm).model.fail_at = len(engine_of(llm).model.batches) + 3
+    engine_of(llm).model.on_forward(3, _thread.interrupt_main)
     with pytest.raises(KeyboardInterrupt):
-        llm.generate(["hello", "you"], GREEDY)
-    engine_of(llm).model.fail_at = None
+        llm.generate(["hello", "you"], SamplingParams(temperature=0, ignore_eos=True))
+    wait_until(lambda: llm.stats().num_requests_running + llm.stats().num_requests_waiting == 0)
     assert not engine_of(llm).has_unfinished_requests()
     assert text_of(llm.generate(["hello", "you"], GREEDY)) == expected
 
@@ -224,13 +241,58 @@ def test_ctrl_c_leaves_the_engine_usable(make_llm):
 def test_an_interrupted_stream_goes_on(make_llm):
     llm = make_llm()
     expected = text_of(llm.generate("hello", GREEDY))[0]
-    stream = llm.stream("hello", GREEDY)
-    text = next(stream).outputs[0].text
-    engine_of(llm).model.fail_at = 0
+    engine_of(llm).model.on_forward(2, _thread.interrupt_main)
+    engine_of(llm).model.seconds = 0.02
+    stream, texts = llm.stream("hello", GREEDY), []
     with pytest.raises(KeyboardInterrupt):
-        next(stream)
-    engine_of(llm).model.fail_at = None
-    assert text + "".join(text_of(stream)) == expected
+        texts += (delta.outputs[0].text for delta in stream)
+    assert len(texts) < 12
+    # Ctrl-C can fall between taking an output and handing it over, so the rest is in the result alone.
+    stream.on_prompt = None
+    for _ in stream:
+        pass
+    assert text_of([stream.result()]) == [expected]
+
+
+def test_a_failing_engine_ends_everything_and_says_so(make_llm):
+    llm = make_llm()
+    waiting = llm.stream("you", GREEDY)
+    engine_of(llm).model.poison = True
+    with pytest.raises(ModelError, match="nan") as failure:
+        llm.generate("hello", GREEDY)
+    assert llm.errored is failure.value
+    with pytest.raises(ModelError, match="nan"):
+        list(waiting)
+    with pytest.raises(EngineError, match="nan"):
+        llm.generate("hello", GREEDY)
+    assert not engine_of(llm).model.closed
+    llm.close()
+    assert engine_of(llm).model.closed
+
+
+def test_dropping_it_frees_everything(make_llm):
+    llm = make_llm()
+    engine, stream = engine_of(llm), llm.stream("hello", GREEDY)
+    make_llm.made.clear()
+    del llm
+    gc.collect()
+    assert not engine.model.closed  # the stream needs it
+    assert len(list(stream)) == 12
+    del stream
+    gc.collect()
+    wait_until(lambda: engine.model.closed)
+    wait_until(lambda: "hybrid-engine" not in [thread.name for thread in threading.enumerate()])
+
+
+def test_threads_share_it(make_llm):
+    llm = make_llm(max_num_seqs=4)
+    alone = {letter: text_of(llm.generate(letter * 5, GREEDY)) for letter in LETTERS[:8]}
+    with ThreadPoolExecutor(8) as pool:
+        together = dict(
+            zip(alone, pool.map(lambda letter: text_of(llm.generate(letter * 5, GREEDY)), alone), strict=True)
+        )
+    assert together == alone
+    assert max(len(batch) for batch in engine_of(llm).model.batches) > 1
 
 
 def test_chat_renders_the_conversation(make_llm):
@@ -252,7 +314,8 @@ def test_a_model_without_a_template_generates_and_chat_says_why(make_llm):
 
 def test_a_closed_llm_says_so(make_llm):
     with make_llm() as llm:
-        stream = llm.stream("hello", GREEDY)
+        engine_of(llm).model.seconds = 0.01
+        stream = llm.stream("hello", SamplingParams(ignore_eos=True))
         next(stream)
     assert engine_of(llm).model.closed
     llm.close()
@@ -260,7 +323,7 @@ def test_a_closed_llm_says_so(make_llm):
         lambda: llm.generate("a"),
         lambda: llm.chat([{"role": "user", "content": "a"}]),
         lambda: llm.stream("a"),
-        lambda: next(stream),
+        lambda: list(stream),
     ):
         with pytest.raises(RequestError, match="closed"):
             use()

@@ -17,7 +17,8 @@ from hybrid.sampling_params import SamplingParams
 
 
 def make_sequence(params, prompt=(1, 2), output=(), end=frozenset()):
-    sequence = Sequence("r", list(prompt), params, end_token_ids=end, max_tokens=100, seed=params.seed or 0)
+    sequence = Sequence("r", list(prompt), params, end_token_ids=end, max_tokens=100)
+    sequence.seed(params.seed or 0)
     sequence.token_ids += output
     return sequence
 

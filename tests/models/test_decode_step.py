@@ -7,6 +7,7 @@ import torch
 
 from hybrid import LLM, SamplingParams
 from hybrid.cli.main import main
+from hybrid.engine.load import LoadOptions, load
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.deepseek2 import DeepseekForCausalLM
 
@@ -67,11 +68,20 @@ def test_an_interrupted_recording_is_made_again(monkeypatch, tiny):
         return compute_logits(self, hidden_states)
 
     monkeypatch.setattr(DeepseekForCausalLM, "compute_logits", interrupted)
-    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
-    with LLM(tiny, max_model_len=256, num_threads=2) as llm:
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(PROMPTS[:1], params, use_tqdm=False)
-        assert llm.generate(PROMPTS[:1], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+    engine = load(tiny, LoadOptions(max_model_len=256, num_threads=2)).engine
+    try:
+        params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+        engine.add_request("a", PROMPTS[0]["prompt_token_ids"], params)
+        found = []
+        interrupted = 0
+        while engine.has_unfinished_requests():
+            try:
+                found += (output.sampled.token_id for output in engine.step())
+            except KeyboardInterrupt:
+                interrupted += 1
+        assert (interrupted, found) == (1, expected)
+    finally:
+        engine.close()
 
 
 def test_logits_are_the_callers_own(open_model, tiny):
