@@ -110,10 +110,10 @@ class CompletionAnswer(Answer):
         return to_json(self._body.prompt)
 
     def _encode(self, prompt: str | list[int], index: int) -> list[int]:
-        if isinstance(prompt, list):
-            return prompt
         if not prompt:
             refuse(f"prompt[{index}]: is empty", "prompt")
+        if isinstance(prompt, list):
+            return prompt
         return self._engine.tokenizer.encode(prompt)
 
     def _choice(self, event: Output, completion: CompletionOutput) -> TextChoice:

@@ -86,9 +86,9 @@ class RunningServer:
         assert not self.thread.is_alive()
 
 
-@pytest.fixture
-def serve():
-    """``serve(mock keywords..., settings={...})`` -> a running server and its mock."""
+@contextlib.contextmanager
+def mock_servers():
+    """``start(mock keywords..., settings={...})`` -> a running server and its mock."""
     servers = []
 
     def start(*, settings=None, **mock):
@@ -101,11 +101,23 @@ def serve():
 
 
 @pytest.fixture
-def client(serve):
-    """A client of a mock server that writes "Once upon a time"."""
-    server = serve()
-    with httpx.Client(base_url=server.url, timeout=20) as client:
-        yield client
+def serve():
+    """Starts servers for one test."""
+    with mock_servers() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_server():
+    """Starts servers for a module."""
+    with mock_servers() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_server(start_server):
+    """A server of a module that writes "Once upon a time"."""
+    return start_server()
 
 
 def wait_until(condition, seconds=10.0):
