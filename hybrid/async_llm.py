@@ -53,12 +53,13 @@ class AsyncLLM:
         fit: bool = False,
         experts_per_token: int | None = None,
         expert_threshold: float | None = None,
+        kv_cache_tokens: int | None = None,
         max_queue: int = 256,
         max_queue_wait_s: float | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
-            ram_bytes, fit, experts_per_token, expert_threshold,
+            ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(

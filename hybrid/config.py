@@ -21,15 +21,24 @@ class EngineConfig:
 
     Attributes:
         max_model_len: tokens of prompt and text together in one request.
-        max_num_seqs: requests that run at once; the cache holds this many full contexts.
+        max_num_seqs: texts that are written at once.
         max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
         seed: requests without a seed of their own draw one from this.
+        kv_cache_tokens: tokens the cache holds, whole blocks at least; ``None``: ``max_num_seqs`` contexts.
     """
 
     max_model_len: int
     max_num_seqs: int = 1
     max_num_batched_tokens: int = 512
     seed: int = 0
+    kv_cache_tokens: int | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache."""
+        if self.kv_cache_tokens is not None:
+            return -(-self.kv_cache_tokens // BLOCK_SIZE)
+        return self.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE)
 
     def __post_init__(self) -> None:
         for field, minimum in (
@@ -37,14 +46,22 @@ class EngineConfig:
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
             ("seed", 0),
+            ("kv_cache_tokens", 1),
         ):
             value = getattr(self, field)
+            if value is None and field == "kv_cache_tokens":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{field}: expected an integer >= {minimum}, found {value!r}")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_batched_tokens: expected at least max_num_seqs = {self.max_num_seqs}, "
                 f"found {self.max_num_batched_tokens}"
+            )
+        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.max_model_len:
+            raise ConfigError(
+                f"kv_cache_tokens: expected at least max_model_len = {self.max_model_len}, so that any "
+                f"request can run alone, found {self.kv_cache_tokens}"
             )
 
 

@@ -43,7 +43,7 @@ class LLM:
         isa: CPU kernels to use. Default: ``HYBRID_ISA``, else the best of the host.
         kv_format: ``"f32"``, ``"f16"`` or ``"bf16"``. Default: the rules', else ``"f16"``.
         seed: requests without a seed of their own follow from it.
-        max_num_seqs: requests computed at once; each has room for a full context.
+        max_num_seqs: texts written at once.
         max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
         progress: called with (bytes read, bytes in all) while the model loads.
         ram_bytes: RAM that weights, cache and working memory may take. Default: what is free.
@@ -52,6 +52,8 @@ class LLM:
             else all.
         expert_threshold: run those whose weight is at least this share, 0 to 1, of the token's largest.
             Default: the rules', else all, as 0 means.
+        kv_cache_tokens: tokens the cache holds, of running requests and of what may be used again; at least
+            ``max_model_len``. Default: ``max_num_seqs`` contexts, or fewer where RAM holds no more.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -75,10 +77,11 @@ class LLM:
         fit: bool = False,
         experts_per_token: int | None = None,
         expert_threshold: float | None = None,
+        kv_cache_tokens: int | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
-            ram_bytes, fit, experts_per_token, expert_threshold,
+            ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)

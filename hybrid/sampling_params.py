@@ -12,6 +12,7 @@ from hybrid.errors import RequestError
 WHOLE_VOCABULARY = -1  # logprobs and prompt_logprobs: every token
 MAX_LOGPROBS = 1000  # above this a dictionary entry for each token costs more than the whole row
 MAX_STOP_STRINGS = 64
+MAX_COMPLETIONS = 64
 MAX_SEED = 2**63 - 1
 MAX_FLOAT = sys.float_info.max
 GREEDY_TEMPERATURE = 1e-5  # vLLM's: below it the temperature counts as 0
@@ -25,7 +26,7 @@ class SamplingParams:
     ``top_p``. Log-probabilities are those of the model, before any of these.
 
     Attributes:
-        n: completions of one prompt; only 1 so far.
+        n: completions of one prompt, which is computed once. Each has random numbers of its own.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: keep the likeliest tokens that together hold this probability; (0, 1].
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
@@ -100,8 +101,7 @@ class SamplingParams:
                 _refuse(field, f"at most the {vocab_size} tokens of the vocabulary", count)
 
     def _check_unsupported(self) -> None:
-        if _integer("n", self.n, 1) != 1:
-            _refuse("n", "1; several completions of one prompt are not supported yet", self.n)
+        _integer("n", self.n, 1, MAX_COMPLETIONS)
         if self.structured_outputs is not None:
             _refuse("structured_outputs", "None; they are not supported yet", self.structured_outputs)
 

@@ -15,7 +15,7 @@ from hybrid.engine.model_runner import CausalLM, ModelRunner
 from hybrid.engine.sampler import Sampler
 from hybrid.engine.scheduler import Scheduler
 from hybrid.engine.sequence import FailedRequest, Sequence, TokenOutput
-from hybrid.engine.stats import Counters, EngineStats
+from hybrid.engine.stats import EngineStats
 from hybrid.engine.torch_threads import single_torch_thread
 from hybrid.errors import ConfigError, ContextLengthError, RequestError
 from hybrid.sampling_params import MAX_SEED, WHOLE_VOCABULARY, SamplingParams
@@ -48,15 +48,16 @@ class Engine:
         self.sampler = Sampler()
         self._constraint_factory = constraint_factory
         self.interrupted: Callable[[], bool] = lambda: False  # asked between layers of a prompt
-        self.counters = Counters()
-        self._sequences: dict[str, Sequence] = {}
+        self._open: dict[str, dict[int, Sequence]] = {}  # request -> its unfinished texts
+        self._num_requests = 0
         self._seeds = torch.Generator().manual_seed(config.seed)
         model.allocate_cache(self.scheduler.pool.num_blocks)
 
     def prepare(self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams) -> Sequence:
-        """A request to `add`. Everything that can be refused is refused here, before any work.
+        """The first text of a request to `add`, its siblings attached.
 
-        Any thread may call it. Grammars of structured output are compiled here, which can take long.
+        Everything that can be refused is refused here, before any work. Any thread may call it. Grammars of
+        structured output are compiled here, which can take long.
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token in the context.
@@ -70,15 +71,21 @@ class Engine:
         builder = None
         if params.prompt_logprobs is not None:
             builder = PromptLogprobsBuilder(prompt_token_ids, params.prompt_logprobs, self.vocab_size)
-        return Sequence(
-            request_id,
-            prompt_token_ids,
-            params,
-            end_token_ids=self.end_token_ids,
-            max_tokens=max_tokens,
-            prompt_logprobs=builder,
-            constraint=self._constraint(params),
-        )
+        texts = [
+            Sequence(
+                request_id,
+                prompt_token_ids,
+                params,
+                end_token_ids=self.end_token_ids,
+                max_tokens=max_tokens,
+                prompt_logprobs=None if index else builder,
+                constraint=self._constraint(params),
+                index=index,
+            )
+            for index in range(params.n)
+        ]
+        texts[0].siblings = texts[1:]
+        return texts[0]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a prepared request.
@@ -86,13 +93,18 @@ class Engine:
         Raises:
             RequestError: its id is in use.
         """
-        if sequence.request_id in self._sequences:
+        if sequence.request_id in self._open:
             raise RequestError(
                 "is in use", field="request_id", expected="a new one", found=sequence.request_id
             )
-        sequence.seed(self._next_seed() if sequence.params.seed is None else sequence.params.seed)
-        self._sequences[sequence.request_id] = sequence
-        self.counters.prompt_tokens_total += sequence.num_prompt_tokens
+        seed = self._next_seed() if sequence.params.seed is None else sequence.params.seed
+        self._num_requests += 1
+        texts = [sequence, *sequence.siblings]
+        for text in texts:
+            text.seed(seed)
+            text.arrival = (self._num_requests, text.index)
+        self._open[sequence.request_id] = {text.index: text for text in texts}
+        self.scheduler.counters.prompt_tokens_total += sequence.num_prompt_tokens
         self.scheduler.add(sequence)
 
     def add_request(self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams) -> None:
@@ -100,31 +112,46 @@ class Engine:
         self.add(self.prepare(request_id, prompt_token_ids, params))
 
     def step(self) -> list[TokenOutput | FailedRequest]:
-        """Compute some tokens of some requests; what came of it, for requests that got a token."""
+        """Compute some tokens of some requests; what came of it, for requests that got a token.
+
+        There is nothing yet when it returns between two layers of a prompt, see `interrupted` and `Turns`.
+        """
         batch = self.scheduler.schedule()
-        if not batch:
+        if batch is None:
             return []
         started = time.perf_counter()
         with single_torch_thread():
-            logits = self.model_runner.run(batch)
-            sampled = self.sampler.sample(logits, [item.sequence for item in batch if item.samples])
-        self.counters.count_step(time.perf_counter() - started, decode=all(item.decodes for item in batch))
+            logits = self.model_runner.run(batch, self._must_pause)
+            sampled = None if logits is None else self.sampler.sample(logits, batch.samplers)
+        self.scheduler.count(batch, time.perf_counter() - started, finished=sampled is not None)
+        if sampled is None:
+            return []
         outputs = self.scheduler.postprocess(batch, sampled)
-        self.counters.generation_tokens_total += len(outputs)
         for output in outputs:
-            if isinstance(output, FailedRequest) or output.finish_reason is not None:
-                del self._sequences[output.request_id]
+            self._close_ended(output)
         return outputs
 
     def abort_request(self, request_id: str) -> None:
         """Drop a request between steps; one that is unknown or finished is left alone."""
-        sequence = self._sequences.pop(request_id, None)
+        for sequence in self._open.pop(request_id, {}).values():
+            self.scheduler.finish(sequence)
+
+    def abort_text(self, request_id: str, index: int) -> None:
+        """Drop one text of a request; one that is unknown or finished is left alone."""
+        texts = self._open.get(request_id, {})
+        sequence = texts.pop(index, None)
         if sequence is not None:
             self.scheduler.finish(sequence)
+        if not texts:
+            self._open.pop(request_id, None)
 
     def sequences_in_prompt(self) -> list[Sequence]:
         """Those of whose prompt some is computed, and some is not."""
-        return [s for s in self.scheduler.running if 0 < s.num_computed_tokens < s.num_prompt_tokens]
+        return [
+            s
+            for s in self.scheduler.running
+            if not s.index and 0 < s.num_computed_tokens < s.num_prompt_tokens and not s.num_output_tokens
+        ]
 
     def stats(self, num_requests_running: int, num_requests_waiting: int) -> EngineStats:
         """Any thread may call it."""
@@ -134,17 +161,27 @@ class Engine:
             num_requests_waiting=num_requests_waiting,
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             kv_cache_tokens=pool.num_blocks * BLOCK_SIZE,
-            **vars(self.counters),
+            **vars(self.scheduler.counters),
         )
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._open)
 
     def close(self) -> None:
         """Drop all requests and free the model."""
-        self._sequences.clear()
+        self._open.clear()
         self.scheduler.reset()
         self.model.close()
+
+    def _must_pause(self) -> bool:
+        time_is_up = self.scheduler.turns.prompt_is_over()
+        return self.interrupted() or time_is_up
+
+    def _close_ended(self, output: TokenOutput | FailedRequest) -> None:
+        if isinstance(output, FailedRequest):
+            self.abort_request(output.request_id)
+        elif output.finish_reason is not None:
+            self.abort_text(output.request_id, output.index)
 
     def _next_seed(self) -> int:
         return int(torch.randint(MAX_SEED, (), generator=self._seeds))
@@ -170,7 +207,7 @@ class Engine:
     def _check_params(self, params: SamplingParams, max_tokens: int) -> None:
         params.check_vocabulary(self.vocab_size)
         if params.logprobs == WHOLE_VOCABULARY:
-            check_whole_vocabulary_size("logprobs", max_tokens, self.vocab_size)
+            check_whole_vocabulary_size("logprobs", max_tokens * params.n, self.vocab_size)
         ends = self.end_token_ids.union(params.stop_token_ids or ())
         if (
             params.min_tokens

@@ -50,6 +50,7 @@ class LoadOptions:
     fit: bool = False
     experts_per_token: int | None = None
     expert_threshold: float | None = None
+    kv_cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *CACHE_BYTES):
@@ -112,6 +113,7 @@ def load(
             config,
             max_model_len=placements.size.max_model_len,
             max_num_batched_tokens=placements.size.max_num_batched_tokens,
+            kv_cache_tokens=placements.size.cache_tokens,
         )
         loaded = load_model(
             file,
@@ -159,6 +161,7 @@ def _plan(planner: Planner, options: LoadOptions, config: EngineConfig) -> Plan:
         config.max_num_seqs,
         config.max_num_batched_tokens,
         kv_format_of(options.kv_format, planner.rule_set),
+        options.kv_cache_tokens,
     )
     planned = planner.plan(size, fit=options.fit)
     format_ = planned.size.kv_format
@@ -193,6 +196,7 @@ def engine_config(options: LoadOptions, limit: int, rule_set: RuleSet | None = N
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         seed=options.seed,
+        kv_cache_tokens=options.kv_cache_tokens,
     )
     check_context(config, limit)
     return config

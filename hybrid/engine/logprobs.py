@@ -50,7 +50,6 @@ class PromptLogprobsBuilder:
         self.prompt_token_ids, self.count = prompt_token_ids, count
         self._entries: list[TokenLogprobs | None] = [None]
         self._array: np.ndarray | None = None
-        self._num_rows = 0
         if count == WHOLE_VOCABULARY:
             check_whole_vocabulary_size("prompt_logprobs", len(prompt_token_ids) - 1, vocab_size)
             self._array = np.empty((len(prompt_token_ids) - 1, vocab_size), dtype=np.float32)
@@ -59,16 +58,19 @@ class PromptLogprobsBuilder:
         """How many of the prompt positions ``start:stop`` predict a prompt token: all but the last one."""
         return max(0, min(stop, len(self.prompt_token_ids) - 1) - start)
 
-    def add(self, logits: torch.Tensor) -> None:
-        """Book the logits ``[n, vocab]`` of the next ``n`` wanted positions."""
+    def add(self, start: int, logits: torch.Tensor) -> None:
+        """Book the logits ``[n, vocab]`` of the prompt's positions from ``start`` on.
+
+        Positions come in order; going back to an earlier one takes back what came after it.
+        """
         logprobs = torch.log_softmax(logits, dim=-1)
         if self._array is not None:
-            self._array[self._num_rows : self._num_rows + len(logits)] = logprobs.numpy()
-        else:
-            targets = self.prompt_token_ids[self._num_rows + 1 : self._num_rows + 1 + len(logits)]
-            for row, token_id in zip(logprobs, targets, strict=True):
-                self._entries.append(token_logprobs(row, token_id, self.count))
-        self._num_rows += len(logits)
+            self._array[start : start + len(logits)] = logprobs.numpy()
+            return
+        targets = self.prompt_token_ids[start + 1 : start + 1 + len(logits)]
+        self._entries[start + 1 :] = [
+            token_logprobs(row, token_id, self.count) for row, token_id in zip(logprobs, targets, strict=True)
+        ]
 
     def finish(self) -> PromptLogprobs | list[TokenLogprobs | None]:
         """All entries; entry 0 is ``None``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import torch
 
-from hybrid.engine.scheduler import ScheduledSequence
+from hybrid.engine.batch import Batch, ScheduledSequence
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.models.layer_steps import LayerSteps
 from hybrid.moe.reduction import ExpertCount
 
 LOGITS_ROWS = 64  # rows of prompt logits computed at once: 33 MB of a vocabulary of 130k
@@ -25,6 +27,9 @@ class CausalLM(Protocol):
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
+
+    def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
+        """`forward`, yielding after each layer: other batches may be computed in between."""
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 ``[n, hidden] -> [n, vocab]``."""
@@ -47,19 +52,32 @@ class ModelRunner:
         self.model = model
 
     @torch.inference_mode()
-    def run(self, scheduled: list[ScheduledSequence]) -> torch.Tensor:
+    def run(self, batch: Batch, must_pause: Callable[[], bool]) -> torch.Tensor | None:
         """Logits float32 ``[n, vocab]`` for the ``n`` sequences that sample, in batch order.
 
-        Log-probabilities of prompt positions go to their sequence's builder.
+        A batch of prompts may pause after each layer: then the result is ``None``, and running the same batch
+        goes on from there. Log-probabilities of prompt positions go to their sequence's builder.
         """
-        token_ids, batch = prepare(scheduled)
-        if all(item.decodes for item in scheduled):
-            return self.model.decode(token_ids, batch)
-        hidden_states = self.model.forward(token_ids, batch)
+        if batch.decodes:
+            return self.model.decode(*prepare(batch.items))
+        steps = batch.steps or self._prompt_steps(batch.items)
+        batch.steps = None  # what fails begins anew
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                logits: torch.Tensor = done.value
+                return logits
+            if must_pause():
+                batch.steps = steps
+                return None
+
+    def _prompt_steps(self, items: list[ScheduledSequence]) -> Generator[None, None, torch.Tensor]:
+        hidden_states = yield from self.model.forward_layers(*prepare(items))
         last_rows, start = [], 0
-        for item in scheduled:
+        for item in items:
             stop = start + item.num_new_tokens
-            self._collect_prompt_logprobs(item, hidden_states[start:stop])
+            yield from self._collect_prompt_logprobs(item, hidden_states[start:stop])
             if item.samples:
                 last_rows.append(stop - 1)
             start = stop
@@ -67,14 +85,17 @@ class ModelRunner:
             return hidden_states.new_empty((0, 0))
         return self.model.compute_logits(hidden_states[last_rows])
 
-    def _collect_prompt_logprobs(self, item: ScheduledSequence, hidden_states: torch.Tensor) -> None:
+    def _collect_prompt_logprobs(
+        self, item: ScheduledSequence, hidden_states: torch.Tensor
+    ) -> Generator[None, None, None]:
         builder = item.sequence.prompt_logprobs
         if builder is None:
             return
         start = item.sequence.num_computed_tokens
         wanted = hidden_states[: builder.num_wanted(start, start + item.num_new_tokens)]
         for first in range(0, len(wanted), LOGITS_ROWS):
-            builder.add(self.model.compute_logits(wanted[first : first + LOGITS_ROWS]))
+            builder.add(start + first, self.model.compute_logits(wanted[first : first + LOGITS_ROWS]))
+            yield
 
 
 def prepare(scheduled: list[ScheduledSequence]) -> tuple[torch.Tensor, AttentionBatch]:

@@ -6,6 +6,7 @@ import itertools
 import queue
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -65,10 +66,10 @@ class Requests:
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
         sequence = self._engine.prepare(request_id, prompt.token_ids, params)
-        detokenizer = self._tokenizer.detokenizer(
-            skip_special=params.skip_special_tokens, prompt_ids=prompt.token_ids
+        make_detokenizer = partial(
+            self._tokenizer.detokenizer, skip_special=params.skip_special_tokens, prompt_ids=prompt.token_ids
         )
-        state = RequestState(request_id, *prompt, params, detokenizer, self._decode_one)
+        state = RequestState(request_id, *prompt, params, make_detokenizer, self._decode_one)
         return Request(state, sequence, deliver)
 
     def submit(self, request: Request) -> None:

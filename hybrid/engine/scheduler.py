@@ -1,12 +1,12 @@
-"""Which tokens of which sequences the next step computes."""
+"""Which tokens of which sequences the next step computes, and who has which cache blocks."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from hybrid.config import EngineConfig
+from hybrid.config import BLOCK_SIZE, EngineConfig
+from hybrid.engine.batch import Batch, ScheduledSequence
 from hybrid.engine.sequence import (
     FailedRequest,
     FailedSample,
@@ -15,81 +15,162 @@ from hybrid.engine.sequence import (
     Status,
     TokenOutput,
 )
+from hybrid.engine.stats import Counters
+from hybrid.engine.turns import Turns
 from hybrid.kvcache.pool import BlockPool, blocks_for
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
-    """The next ``num_new_tokens`` uncomputed tokens of ``sequence``."""
-
-    sequence: Sequence
-    num_new_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether a token is chosen after them: no uncomputed one is left."""
-        return self.num_new_tokens == self.sequence.num_uncomputed_tokens
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it is a single token after which one is chosen, and nothing else is wanted of it."""
-        return self.num_new_tokens == 1 and self.samples and self.sequence.prompt_logprobs is None
-
-
 class Scheduler:
-    """First come, first served; running sequences go before waiting ones.
+    """First come, first served.
 
-    State changes only in `postprocess`, `finish` and `reset`, apart from blocks, which a sequence
-    owns from the moment they are taken: a step that is interrupted can be abandoned or repeated.
+    A sequence gets the blocks of all its tokens when it is admitted, and one more now and then while it
+    writes. When none is left for the latter, the sequence that came last gives its blocks back and starts
+    again later: its text stays, and is computed once more like a prompt.
+
+    A full block is published when it is computed, in a prompt or while writing: both give the same bits, as
+    the contract of `hybrid.backends.base` demands.
+
+    Sequences change only in `postprocess`, `finish` and `reset`, apart from blocks, which a sequence owns
+    from the moment they are taken: a step that is interrupted can be abandoned or repeated.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.max_num_seqs * blocks_for(config.max_model_len))
-        self.waiting: deque[Sequence] = deque()
+        self.pool = BlockPool(config.num_blocks)
+        self.waiting: list[Sequence] = []  # in the order they came, as are
         self.running: list[Sequence] = []
+        self.prompt: Batch | None = None  # begun, or about to
+        self.turns = Turns()
+        self.counters = Counters()
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[ScheduledSequence]:
-        """Share out ``max_num_batched_tokens``: a token for each running sequence, then prompt chunks.
-
-        Sequences that write come first in the batch, so that a long prompt delays nobody's next
-        token by more than one chunk.
-        """
+    def schedule(self) -> Batch | None:
+        """A token for each text that is written, or a piece of prompts; they take turns."""
         self._admit()
-        budget = self.config.max_num_batched_tokens
-        batch = []
-        for sequence in sorted(self.running, key=lambda sequence: sequence.num_uncomputed_tokens > 1):
-            num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
-            end = sequence.num_computed_tokens + num_new_tokens
-            if num_new_tokens and self.pool.grow(sequence.block_table, end):
-                batch.append(ScheduledSequence(sequence, num_new_tokens))
-                budget -= num_new_tokens
-        return batch
+        writing = [item for sequence in list(self.running) for item in self._next_token(sequence)]
+        if self.prompt is None:
+            self.prompt = self._next_prompts()
+        if self.prompt is not None and (not writing or self.turns.prompt_is_next):
+            self.turns.start_prompt(limited=bool(writing))
+            return self.prompt
+        return Batch(writing, decodes=True) if writing else None
 
     def _admit(self) -> None:
+        """Start waiting sequences, in their order, while there are places and blocks for them."""
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting.popleft()
-            sequence.status = Status.RUNNING
+            sequence = self.waiting[0]
+            found = self.pool.find(sequence.reusable_keys())
+            missing = blocks_for(len(sequence.token_ids)) - len(found)
+            # Each running text may need a block before any of them ends.
+            if missing + len(self.running) > self.pool.num_free_without(found):
+                break
+            del self.waiting[0]
+            self.pool.share(found)
+            sequence.block_table += found
+            self.pool.grow(sequence.block_table, len(sequence.token_ids))
+            self._start(sequence, len(found) * BLOCK_SIZE)
+
+    def _start(self, sequence: Sequence, num_found_tokens: int) -> None:
+        sequence.status, sequence.num_computed_tokens = Status.RUNNING, num_found_tokens
+        sequence.num_published_blocks = num_found_tokens // BLOCK_SIZE
+        if sequence.started is None:
             sequence.started = time.perf_counter()
-            self.running.append(sequence)
+            sequence.num_cached_tokens = num_found_tokens
+            self.counters.prefix_cache_queries += sequence.num_prompt_tokens
+            self.counters.prefix_cache_hits += num_found_tokens
+        self.running.append(sequence)
+        self.running.sort(key=_arrival)
+
+    def _next_token(self, sequence: Sequence) -> Iterator[ScheduledSequence]:
+        """The item of a sequence that writes and has, or gets, a block for its next token."""
+        if not sequence.writes:
+            return
+        while not self.pool.grow(sequence.block_table, len(sequence.token_ids)):
+            # A batch that has begun cannot lose sequences to others; its end is near.
+            if self.prompt is not None or not self._preempt_last(sequence):
+                return
+        yield ScheduledSequence(sequence, 1)
+
+    def _preempt_last(self, needs: Sequence) -> bool:
+        """Take the blocks of the sequence that came last. False: it is the one that ``needs`` them."""
+        last = self.running.pop()
+        last.status, last.num_computed_tokens = Status.WAITING, 0
+        self.pool.release(last.block_table)
+        self._wait([last])
+        self.counters.num_preemptions_total += 1
+        return last is not needs
+
+    def _next_prompts(self) -> Batch | None:
+        """Pieces of prompts for ``max_num_batched_tokens``: at least half for the first, so that it is soon
+        done, the rest for those behind it, so that a long one does not keep short ones waiting."""
+        prompts = [s for s in self.running if s.num_uncomputed_tokens and not s.writes]
+        if not prompts:
+            return None
+        budget = self.config.max_num_batched_tokens
+        others = min(sum(s.num_uncomputed_tokens for s in prompts[1:]), budget // 2)
+        pieces = [min(prompts[0].num_uncomputed_tokens, budget - others)]
+        budget -= pieces[0]
+        for sequence in prompts[1:]:
+            pieces.append(min(sequence.num_uncomputed_tokens, budget))
+            budget -= pieces[-1]
+        items = [ScheduledSequence(s, count) for s, count in zip(prompts, pieces, strict=True) if count]
+        held = [block for item in items for block in item.sequence.block_table]
+        self.pool.share(held)
+        return Batch(items, decodes=False, held_blocks=held)
+
+    def count(self, batch: Batch, seconds: float, *, finished: bool) -> None:
+        """Book the time of a step; ``finished``: it did not stop between layers."""
+        counters = self.counters
+        if batch.decodes:
+            self.turns.decoded(seconds)
+            counters.decode_seconds_total += seconds
+            counters.decode_steps_total += finished
+        else:
+            counters.prompt_seconds_total += seconds
+            counters.prompt_steps_total += finished
 
     def postprocess(
-        self, batch: list[ScheduledSequence], sampled: list[SampledToken | FailedSample]
+        self, batch: Batch, sampled: list[SampledToken | FailedSample]
     ) -> list[TokenOutput | FailedRequest]:
         """Book what was computed, append a token to each sequence that samples, end what ends."""
+        if batch is self.prompt:
+            self._drop_prompt()
         outputs: list[TokenOutput | FailedRequest] = []
         chosen = iter(sampled)
-        for item in batch:
-            sequence, samples = item.sequence, item.samples
+        for item in batch.items:
+            sequence = item.sequence
+            token = next(chosen) if item.samples else None
+            if sequence.status is Status.FINISHED:  # it was aborted while its prompt was computed
+                continue
             sequence.num_computed_tokens += item.num_new_tokens
-            if samples:
-                outputs.append(_appended(sequence, next(chosen)))
+            self._publish(sequence)
+            if token is not None:
+                outputs.append(_appended(sequence, token))
+                self.counters.generation_tokens_total += isinstance(outputs[-1], TokenOutput)
+                self._release_siblings(sequence)
                 if isinstance(outputs[-1], FailedRequest) or outputs[-1].finish_reason is not None:
                     self.finish(sequence)
         return outputs
+
+    def _publish(self, sequence: Sequence) -> None:
+        if sequence.num_computed_tokens // BLOCK_SIZE == sequence.num_published_blocks:
+            return
+        keys = sequence.computed_keys()
+        for index in range(sequence.num_published_blocks, len(keys)):
+            self.pool.publish(sequence.block_table[index], keys[index])
+        sequence.num_published_blocks = len(keys)
+
+    def _release_siblings(self, sequence: Sequence) -> None:
+        """Other texts of the same prompt begin: they find its blocks, and compute what is left of it."""
+        self._wait([sibling for sibling in sequence.siblings if sibling.status is Status.WAITING])
+        sequence.siblings = []
+
+    def _wait(self, sequences: list[Sequence]) -> None:
+        """Let sequences wait that came before some that wait already."""
+        self.waiting += sequences
+        self.waiting.sort(key=_arrival)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever its state, and free its blocks."""
@@ -98,15 +179,29 @@ class Scheduler:
                 queue.remove(sequence)
         sequence.status = Status.FINISHED
         self.pool.release(sequence.block_table)
+        batch = self.prompt
+        if batch is not None and all(item.sequence.status is Status.FINISHED for item in batch.items):
+            self._drop_prompt()
 
     def reset(self) -> None:
-        """Drop every sequence."""
+        """Drop every sequence, and what is in the cache."""
         for sequence in (*self.waiting, *self.running):
             sequence.status = Status.FINISHED
             sequence.block_table.clear()
         self.waiting.clear()
         self.running.clear()
+        self.prompt = None
         self.pool.reset()
+
+    def _drop_prompt(self) -> None:
+        """The begun batch of prompts is over."""
+        if self.prompt is not None:
+            self.pool.release(self.prompt.held_blocks)
+            self.prompt = None
+
+
+def _arrival(sequence: Sequence) -> tuple[int, int]:
+    return sequence.arrival
 
 
 def _appended(sequence: Sequence, token: SampledToken | FailedSample) -> TokenOutput | FailedRequest:
@@ -119,8 +214,8 @@ def _appended(sequence: Sequence, token: SampledToken | FailedSample) -> TokenOu
             raise
         return FailedRequest(sequence.request_id, error)
     prompt_logprobs = None
-    if sequence.num_output_tokens == 1 and sequence.prompt_logprobs is not None:
-        prompt_logprobs = sequence.prompt_logprobs.finish()
+    if sequence.prompt_logprobs is not None:
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs.finish(), None
     return TokenOutput(
         sequence.request_id,
         token,
@@ -128,5 +223,7 @@ def _appended(sequence: Sequence, token: SampledToken | FailedSample) -> TokenOu
         prompt_logprobs,
         sequence.finish_reason,
         sequence.stop_reason,
-        sequence.ends_in_text,
+        is_text=sequence.ends_in_text,
+        index=sequence.index,
+        num_cached_tokens=sequence.num_cached_tokens,
     )

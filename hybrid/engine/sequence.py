@@ -1,18 +1,21 @@
-"""One request inside the engine."""
+"""One text inside the engine."""
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 import torch
 
+from hybrid.config import BLOCK_SIZE
 from hybrid.engine.constraint import Constraint
 from hybrid.engine.logprobs import PromptLogprobsBuilder
+from hybrid.kvcache.prefix import BlockKeys
 from hybrid.outputs import FinishReason, PromptLogprobs, RequestMetrics, TokenLogprobs
-from hybrid.sampling_params import SamplingParams
+from hybrid.sampling_params import MAX_SEED, SamplingParams
 
 
 class Status(enum.Enum):
@@ -39,10 +42,12 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What one step did for a request: the new token, and how the request stands.
+    """What one step did for a text of a request: the new token, and how the text stands.
 
     Attributes:
         is_text: whether the token belongs to the text; one that ends it does not.
+        index: which of the request's texts it is.
+        num_cached_tokens: tokens of the prompt that were found in the cache.
     """
 
     request_id: str
@@ -52,6 +57,8 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     is_text: bool = True
+    index: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,15 @@ class FailedRequest:
 
 
 class Sequence:
-    """Tokens of a request and how far they are computed.
+    """Tokens of a text and how far they are computed.
 
     The first ``num_computed_tokens`` of ``token_ids`` are in the cache, in the blocks of ``block_table``.
     A step computes some of the rest; when none is left, a new token is chosen and appended.
+
+    Attributes:
+        index: which text of its request it is.
+        siblings: other texts of the request, which begin when the prompt is computed.
+        arrival: its place among all that came; the engine sets it.
     """
 
     def __init__(
@@ -79,8 +91,9 @@ class Sequence:
         max_tokens: int,
         prompt_logprobs: PromptLogprobsBuilder | None = None,
         constraint: Constraint | None = None,
+        index: int = 0,
     ) -> None:
-        self.request_id = request_id
+        self.request_id, self.index = request_id, index
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
@@ -89,8 +102,14 @@ class Sequence:
         self.generator = torch.Generator()
         self.prompt_logprobs = prompt_logprobs
         self.constraint = constraint
+        self.siblings: list[Sequence] = []
+        self.arrival: tuple[int, int] = (0, index)
         self.block_table: list[int] = []
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_published_blocks = 0
+        self._keys = BlockKeys()
+        self._keys.first(self.num_prompt_tokens // BLOCK_SIZE, self.token_ids)
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
@@ -113,16 +132,40 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def writes(self) -> bool:
+        """Whether a token follows after a single one is computed, and nothing else is wanted of that."""
+        return (
+            self.status is Status.RUNNING and self.num_uncomputed_tokens == 1 and self.prompt_logprobs is None
+        )
+
+    @property
     def stopping_token_ids(self) -> frozenset[int]:
         """Tokens that end the text: the model's and the request's."""
         return self.end_token_ids.union(self.params.stop_token_ids or ())
 
+    def reusable_keys(self) -> list[bytes]:
+        """Keys of the blocks that may be taken from the cache instead of being computed.
+
+        The last token is always computed, for what follows it; all are if log-probabilities of the prompt are
+        wanted.
+        """
+        if self.prompt_logprobs is not None:
+            return []
+        return self._keys.first((len(self.token_ids) - 1) // BLOCK_SIZE, self.token_ids)
+
+    def computed_keys(self) -> list[bytes]:
+        """Keys of the full blocks that are computed."""
+        return self._keys.first(self.num_computed_tokens // BLOCK_SIZE, self.token_ids)
+
     def seed(self, seed: int) -> None:
-        """Start the sequence's own random numbers."""
+        """Start the text's own random numbers. All but the first text of a request mix in their index."""
+        if self.index:
+            digest = hashlib.blake2b(f"{seed}/{self.index}".encode(), digest_size=8).digest()
+            seed = int.from_bytes(digest, "little") & MAX_SEED
         self.generator.manual_seed(seed)
 
     def append(self, token_id: int) -> None:
-        """Add a chosen token and see whether the request ends with it. Errors are the constraint's."""
+        """Add a chosen token and see whether the text ends with it. Errors are the constraint's."""
         self.token_ids.append(token_id)
         self.last_token = time.perf_counter()
         if self.first_token is None:

@@ -47,11 +47,3 @@ class Counters:
     prompt_seconds_total: float = 0.0
     decode_steps_total: int = 0
     decode_seconds_total: float = 0.0
-
-    def count_step(self, seconds: float, *, decode: bool) -> None:
-        if decode:
-            self.decode_steps_total += 1
-            self.decode_seconds_total += seconds
-        else:
-            self.prompt_steps_total += 1
-            self.prompt_seconds_total += seconds

@@ -187,8 +187,9 @@ class EngineThread:
                 self._end(request, output.error)
                 continue
             event = request.state.update(output)
+            if request.state.text_finished(output.index):
+                self._engine.abort_text(output.request_id, output.index)  # the engine knows no stop strings
             if request.state.finished:
-                self._engine.abort_request(request.request_id)  # a stop string is not the engine's business
                 self._end(request, event)
             else:
                 self._deliver(request, event)

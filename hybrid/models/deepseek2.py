@@ -17,6 +17,7 @@ from hybrid.layers.moe import MoE, Router
 from hybrid.layers.norm import RMSNorm
 from hybrid.layers.rotary import rope_table
 from hybrid.models.deepseek2_config import DeepseekConfig, read_config
+from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.weights import Weights
 from hybrid.moe.experts import Experts, ExpertStack
 from hybrid.moe.reduction import ExpertCount
@@ -69,10 +70,14 @@ class DeepseekForCausalLM:
             layer.attention.allocate_cache(num_blocks, fmt)
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        return run_layers(self.forward_layers(token_ids, batch))
+
+    def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
         residual = self.embedding(token_ids)
         delta: torch.Tensor | None = None
         for layer in self.layers:
             delta, residual = layer(delta, residual, batch)
+            yield
         if delta is not None:
             last = self.layers[-1].ffn_norm.backend
             last.add(last.receive(delta), residual)

@@ -10,6 +10,7 @@ from hybrid.backends.base import Backend, CacheFormat
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
+from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
@@ -70,10 +71,14 @@ class Model:
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
+        return run_layers(self.forward_layers(token_ids, batch))
+
+    def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
+        """`forward` with a pause after each layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
-        hidden_states: torch.Tensor = self._network.forward(token_ids, batch)
-        return hidden_states
+        steps: LayerSteps = self._network.forward_layers(token_ids, batch)
+        return steps
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]``."""

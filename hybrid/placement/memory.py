@@ -31,10 +31,13 @@ class RunSize:
     max_num_seqs: int = 1
     max_num_batched_tokens: int = 512
     kv_format: str = "f16"
+    kv_cache_tokens: int | None = None
 
     @property
     def cache_tokens(self) -> int:
         """Tokens the cache holds, in whole blocks."""
+        if self.kv_cache_tokens is not None:
+            return -(-self.kv_cache_tokens // BLOCK_SIZE) * BLOCK_SIZE
         return self.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from hybrid.config import ExpertUse
+from hybrid.config import BLOCK_SIZE, ExpertUse
 from hybrid.errors import CapacityError, PlacementError
 from hybrid.gguf import GGUFFile
 from hybrid.placement.auto import CPU
@@ -86,6 +86,8 @@ class Planner:
     def plan(self, size: RunSize, *, fit: bool = False) -> Plan:
         """See `plan`."""
         found = self.draft(size)
+        if size.kv_cache_tokens is None and _missing(found):
+            found = self.draft(self.with_smaller_cache(size))
         if fit and _missing(found):
             found = self.draft(self.largest_fitting(size))
         if _missing(found):
@@ -140,6 +142,16 @@ class Planner:
             if batch // 2 < max(_SMALLEST_BATCH, size.max_num_seqs):
                 return size
             batch //= 2
+
+    def with_smaller_cache(self, size: RunSize) -> RunSize:
+        """The same with a cache for fewer contexts than may run, as large as fits; for one at least."""
+        one = replace(size, max_num_seqs=1).cache_tokens // BLOCK_SIZE
+        low, high = one, size.cache_tokens // BLOCK_SIZE
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = replace(size, kv_cache_tokens=middle * BLOCK_SIZE)
+            low, high = (low, middle) if _missing(self.draft(trial)) else (middle, high)
+        return replace(size, kv_cache_tokens=low * BLOCK_SIZE)
 
     def _largest_context(self, size: RunSize) -> int:
         low, high = 0, size.max_model_len // _CONTEXT_STEP + 1

@@ -13,6 +13,7 @@ import torch
 from hybrid.config import EngineConfig
 from hybrid.engine.engine import Engine
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.moe.reduction import ExpertCount
 
 VOCAB = 50
@@ -31,11 +32,12 @@ class MockModel:
     def __init__(self, vocab_size: int = VOCAB) -> None:
         self.config = MockConfig(vocab_size)
         self.num_computed = 0
+        self.trace: list[str] = []  # "layer" of a prompt, "decode"
         self.batches: list[list[int]] = []
         self.closed = False
         self.fail_at: int | None = None
         self.poison = False
-        self.seconds = 0.0
+        self.seconds, self.layer_seconds, self.num_layers = 0.0, 0.0, 3
         self._actions: dict[int, Callable[[], object]] = {}
 
     def on_forward(self, count: int, action: Callable[[], object]) -> None:
@@ -46,11 +48,21 @@ class MockModel:
         self.cache = torch.full((num_blocks * BLOCK_SIZE,), -1, dtype=torch.int64)
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        return run_layers(self._forward(token_ids, batch, 0))
+
+    def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
+        return self._forward(token_ids, batch, self.num_layers)
+
+    def _forward(self, token_ids: torch.Tensor, batch: AttentionBatch, num_layers: int) -> LayerSteps:
         time.sleep(self.seconds)
         self._actions.pop(len(self.batches), lambda: None)()
         if self.fail_at is not None and len(self.batches) >= self.fail_at:
             raise KeyboardInterrupt
         self.cache[batch.slot_mapping.long()] = token_ids.long()
+        for _ in range(num_layers):
+            yield
+            time.sleep(self.layer_seconds)
+            self.trace.append("layer")
         starts = batch.query_start.tolist()
         self.batches.append([b - a for a, b in pairwise(starts)])
         self.num_computed += len(token_ids)
@@ -78,6 +90,7 @@ class MockModel:
         return self.logits_of(hash(tuple(tokens)) % 2**20)
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        self.trace.append("decode")
         return self.compute_logits(self.forward(token_ids, batch))
 
     @property

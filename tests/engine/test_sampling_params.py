@@ -15,7 +15,7 @@ from hybrid.sampling_params import SamplingParams
 NUMBERS = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
 INTEGERS = ["n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"]
 BAD = {
-    "n": [0, 2, 1.0, True, "1"],
+    "n": [0, 65, 1.0, True, "1"],
     "temperature": [-0.1, math.nan, math.inf, 10**400, "1", None, True],
     "top_p": [0, -0.5, 1.1, math.nan, "x", None],
     "top_k": [-2, 1.5, math.nan, None, True],

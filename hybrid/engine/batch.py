@@ -1,0 +1,44 @@
+"""What one step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import torch
+
+from hybrid.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """The next ``num_new_tokens`` uncomputed tokens of ``sequence``."""
+
+    sequence: Sequence
+    num_new_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is chosen after them: no uncomputed one is left."""
+        return self.num_new_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(eq=False)
+class Batch:
+    """Parts of prompts, or one token for each of several running texts.
+
+    Attributes:
+        held_blocks: blocks a prompt's batch writes. It has a reference of its own to each, so that a sequence
+            that ends meanwhile does not leave them to others.
+        steps: the pass of a prompt's batch that has begun; see `ModelRunner`.
+    """
+
+    items: list[ScheduledSequence]
+    decodes: bool
+    held_blocks: list[int] = field(default_factory=list)
+    steps: Generator[None, None, torch.Tensor] | None = None
+
+    @property
+    def samplers(self) -> list[Sequence]:
+        """Sequences that get a token, in the order of the batch."""
+        return [item.sequence for item in self.items if item.samples]

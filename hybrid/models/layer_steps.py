@@ -1,0 +1,21 @@
+"""A forward pass that can pause between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+
+# Yields after each layer; its return value are the hidden states. Whoever has one may compute other batches
+# in between, as long as they write no cache block of this one.
+LayerSteps = Generator[None, None, torch.Tensor]
+
+
+def run_layers(steps: LayerSteps) -> torch.Tensor:
+    """All that is left of a pass, without a pause."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            hidden_states: torch.Tensor = done.value
+            return hidden_states
