@@ -108,8 +108,9 @@ class MockLLM:
         try:
             await self._wait_for_a_place(request_id)
             async for output in self._run(ids, sampling_params, request_id, on_prompt):
+                if output.finished:
+                    self.finished.append(request_id)
                 yield output
-            self.finished.append(request_id)
         finally:
             self.waiting.pop(request_id, None)
             self.running.pop(request_id, None)
@@ -153,7 +154,7 @@ class MockLLM:
                 yield self._output(request_id, ids, params, index, piece, reason if last else None)
 
     def _output(self, request_id, ids, params, index, piece, reason):
-        token_id = self.tokenizer.encode(piece, add_special=False)[0] if piece else 1
+        token_id = self.tokenizer.encode(piece[:20], add_special=False)[0] if piece else 1
         logprobs = None
         if params.logprobs is not None:
             logprobs = [{token_id: Logprob(-0.5, 1), 100: Logprob(-1.5, 2), 101: Logprob(-2.5, 3)}]

@@ -51,7 +51,7 @@ def test_with_the_key(locked, headers):
 def test_what_is_open(locked):
     assert httpx.get(f"{locked}/health").json() == {"status": "ok"}
     assert httpx.get(f"{locked}/").status_code in (200, 404)
-    assert OPEN_PATHS == {"/", "/health", "/favicon.ico"}
+    assert {"/", "/health", "/favicon.ico"} == OPEN_PATHS
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,9 @@ def test_text_log_probabilities(server):
 
 
 def test_tokens_and_back(server):
-    found = httpx.post(f"{server.url}/tokenize", json={"content": "Once upon", "return_token_strs": True}).json()
+    found = httpx.post(
+        f"{server.url}/tokenize", json={"content": "Once upon", "return_token_strs": True}
+    ).json()
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
     assert found["max_model_len"] == 2048
     back = httpx.post(f"{server.url}/detokenize", json={"tokens": found["tokens"][1:]}).json()
