@@ -31,14 +31,15 @@ _PAGE_HEADERS = {
 
 
 def create_app(context: ServerContext) -> ASGIApp:
-    """The application. From outside in: log, key and origin, what nobody caught, endpoints."""
+    """The application. From outside in: log, key and origin, browsers, errors, endpoints."""
     app = FastAPI(title="hybrid", version=version("hybrid-moe"), docs_url=None, redoc_url=None)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     errors.add_handlers(app)
     app.include_router(info_routes(context))
     app.include_router(_generation_routes(context))
     app.include_router(_page_route())
-    inner: ASGIApp = errors.Unexpected(app)
+    app.add_middleware(errors.Unexpected)
+    inner: ASGIApp = app
     settings = context.settings
     if settings.cors_origins:
         inner = CORSMiddleware(

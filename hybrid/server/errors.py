@@ -115,6 +115,10 @@ def add_handlers(app: FastAPI) -> None:
         param = ".".join(str(part) for part in first["loc"][1:])
         return ApiError(400, f"{param}: {first['msg']}", param=param).response()
 
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # only the log sees it
+
+    app.add_exception_handler(ClientGone, gone)
     for kind in (ApiError, RequestError, TokenizerError):
         app.add_exception_handler(kind, api_error)
     app.add_exception_handler(HTTPException, http_error)
@@ -137,10 +141,7 @@ class Unexpected:
 
         try:
             await self._app(scope, receive, watch)
-        except ClientGone:
-            raise
         except Exception as error:
-            answer = from_exception(error)
             if started:
                 raise  # half a response went out: the connection is cut
-            await answer.response()(scope, receive, send)
+            await from_exception(error).response()(scope, receive, send)

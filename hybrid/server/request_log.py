@@ -8,7 +8,6 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.log import get_logger
-from hybrid.server.errors import ClientGone
 from hybrid.server.record import Record
 
 logger = get_logger(__name__)
@@ -37,8 +36,6 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, watch)
-        except ClientGone:
-            pass  # there is nobody to answer
         finally:
             level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
             if logger.isEnabledFor(level):

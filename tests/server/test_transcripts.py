@@ -222,9 +222,5 @@ def test_a_whole_chat(serve):
     assert answer.text == (
         '{"id":"chatcmpl-0","object":"chat.completion","created":1700000000,"model":"demo",'
         '"choices":[{"index":0,"message":{"role":"assistant","content":"Once upon a time"},'
-        '"logprobs":null,"finish_reason":"stop"}],'
-        + USAGE % (4, 12)
-        + ","
-        + TIMINGS % (4, "0.75")
-        + "}"
+        '"logprobs":null,"finish_reason":"stop"}],' + USAGE % (4, 12) + "," + TIMINGS % (4, "0.75") + "}"
     )
