@@ -17,9 +17,12 @@ from hybrid.server.completions import CompletionAnswer
 from hybrid.server.context import ServerContext
 from hybrid.server.guard import Guard
 from hybrid.server.info import info_routes
-from hybrid.server.protocol import ChatBody, CompletionBody
+from hybrid.server.json_response import json_response
+from hybrid.server.messages import MessagesAnswer
+from hybrid.server.protocol import ChatBody, CompletionBody, CountTokensBody, MessagesBody, ResponsesBody
 from hybrid.server.request_log import RequestLog
 from hybrid.server.respond import Reply
+from hybrid.server.responses import ResponsesAnswer
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 _PAGE_HEADERS = {
@@ -62,6 +65,25 @@ def _generation_routes(context: ServerContext) -> APIRouter:
         body = await read_body(request, CompletionBody, context.settings)
         context.check_model(body.model)
         return Reply(context, CompletionAnswer(context, body))
+
+    @router.post("/v1/responses", openapi_extra=openapi.json_body(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        body = await read_body(request, ResponsesBody, context.settings)
+        context.check_model(body.model)
+        return Reply(context, ResponsesAnswer(context, body))
+
+    @router.post("/v1/messages", openapi_extra=openapi.json_body(MessagesBody))
+    async def messages(request: Request) -> Response:
+        body = await read_body(request, MessagesBody, context.settings)
+        context.check_model(body.model)
+        return Reply(context, MessagesAnswer(context, body))
+
+    @router.post("/v1/messages/count_tokens", openapi_extra=openapi.json_body(CountTokensBody))
+    async def count_tokens(request: Request) -> Response:
+        body = await read_body(request, CountTokensBody, context.settings)
+        context.check_model(body.model)
+        jobs = await context.in_thread(MessagesAnswer(context, body).jobs)
+        return json_response({"input_tokens": len(jobs[0].prompt["prompt_token_ids"])})
 
     return router
 

@@ -22,11 +22,11 @@ from hybrid.server.sampling import num_choices, sampling_params
 class ChatAnswer(Answer):
     """Chat completions, streamed or whole."""
 
-    def __init__(self, context: ServerContext, body: ChatBody) -> None:
+    def __init__(self, context: ServerContext, body: ChatBody, id_prefix: str = "chatcmpl-") -> None:
         self._engine, self._card = context.check_ready()
         self._body = body
         self._created = int(context.clock())
-        self.record = Record(context.new_id("chatcmpl-"))
+        self.record = Record(context.new_id(id_prefix))
         self.stream, self.wants_progress = body.stream, body.return_progress
         self._top_logprobs = _top_logprobs(body)
         self._tools = checked_tools(body.tools, body.tool_choice)
@@ -37,6 +37,19 @@ class ChatAnswer(Answer):
             ChatChoice(index, parser_for(self._card.chat_template_text, self._card.architecture))
             for index in range(num_choices(body))
         ]
+
+    @property
+    def model_name(self) -> str:
+        return self._card.name
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Of the first choice, once it is over."""
+        return self._choices[0].finish_reason
+
+    def pieces(self, completion: CompletionOutput) -> list[ParsedDelta]:
+        """What an output adds to its choice, parsed."""
+        return self._choices[completion.index].take(completion)
 
     def jobs(self) -> list[Job]:
         body = self._body
@@ -54,9 +67,8 @@ class ChatAnswer(Answer):
 
     def add(self, event: Output) -> None:
         for completion in event.output.outputs:
-            choice = self._choices[completion.index]
-            choice.take(completion)
-            choice.logprobs += self._logprobs(completion) or ()
+            self.pieces(completion)
+            self._choices[completion.index].logprobs += self._logprobs(completion) or ()
 
     def body(self) -> dict[str, Any]:
         wants_logprobs = self._top_logprobs is not None
@@ -92,7 +104,7 @@ class ChatAnswer(Answer):
 
     def _chunks(self, completion: CompletionOutput, is_last: bool) -> bytes:
         choice = self._choices[completion.index]
-        deltas: list[dict[str, Any]] = [_delta(piece) for piece in choice.take(completion)]
+        deltas: list[dict[str, Any]] = [_delta(piece) for piece in self.pieces(completion)]
         logprobs = self._logprobs(completion)
         if logprobs and not deltas:
             deltas = [{"content": ""}]

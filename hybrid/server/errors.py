@@ -45,8 +45,10 @@ class ApiError(Exception):
         fields = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
         return {"error": {**fields, **self.extra}}
 
-    def response(self) -> Response:
-        return json_response(self.body(), self.status, self.headers)
+    def response(self, path: str = "") -> Response:
+        """The HTTP response; Anthropic's endpoints have an envelope of their own."""
+        envelope = {"type": "error"} if path.startswith("/v1/messages") else {}
+        return json_response({**envelope, **self.body()}, self.status, self.headers)
 
 
 class ClientGone(Exception):
@@ -97,7 +99,7 @@ def add_handlers(app: FastAPI) -> None:
     """Every error of the framework in the protocol's shape."""
 
     async def api_error(request: Request, error: Exception) -> Response:
-        return from_exception(error).response()
+        return from_exception(error).response(request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -29,7 +29,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What chat and text completions have in common."""
 
-    model: str | None = Field(None, description="a name that /v1/models lists; none means that one")
+    model: str | None = Field(default=None, description="a name that /v1/models lists; none means that one")
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -51,9 +51,11 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     structured_outputs: JsonObject | None = Field(
-        None, description="one of json (a schema), regex, choice, grammar, json_object"
+        default=None, description="one of json (a schema), regex, choice, grammar, json_object"
     )
-    return_progress: bool = Field(False, description="a stream tells how much of the prompt is computed")
+    return_progress: bool = Field(
+        default=False, description="a stream tells how much of the prompt is computed"
+    )
 
     @property
     def include_usage(self) -> bool:
@@ -93,6 +95,60 @@ class CompletionBody(GenerationBody):
     response_format: ResponseFormat | None = None
 
 
+class Message(Body):
+    role: Literal["user", "assistant"]
+    content: str | list[JsonObject]
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class MessagesBody(Body):
+    """``POST /v1/messages``."""
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int
+    system: str | list[JsonObject] | None = None
+    stream: bool = False
+    stop_sequences: list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: JsonObject | None = None
+    thinking: Thinking | None = None
+
+
+class CountTokensBody(MessagesBody):
+    """``POST /v1/messages/count_tokens``."""
+
+    max_tokens: int = 1
+
+
+class Reasoning(Body):
+    effort: str | None = None
+
+
+class ResponsesBody(Body):
+    """``POST /v1/responses``."""
+
+    model: str | None = None
+    input: str | list[JsonObject] = Field(min_length=1)
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    text: JsonObject | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: str | JsonObject | None = None
+    reasoning: Reasoning | None = None
+    previous_response_id: str | None = None
+    background: bool | None = None
+
+
 class TokenizeBody(Body):
     """``POST /tokenize``: a text as ``prompt`` or ``content``, or ``messages``."""
 
@@ -103,7 +159,7 @@ class TokenizeBody(Body):
     chat_template_kwargs: JsonObject | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
-    add_special: bool | None = Field(None, description="llama.cpp's name of add_special_tokens")
+    add_special: bool | None = Field(default=None, description="llama.cpp's name of add_special_tokens")
     return_token_strs: bool = False
 
 

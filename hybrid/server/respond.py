@@ -46,7 +46,7 @@ class Answer(ABC):
 
     @abstractmethod
     def opening(self) -> bytes:
-        """The events a stream begins with."""
+        """The events a stream begins with; the first output may be in the record already."""
 
     @abstractmethod
     def chunks(self, event: Output) -> bytes:
@@ -122,15 +122,11 @@ class Reply(Response):
         The response begins with the first token, or with the first ping if the prompt takes longer.
         """
         answer, ping_s = self._answer, self._context.settings.ping_s
-        opening = answer.opening()
         try:
             while not generation.finished:
                 event = await generation.next(ping_s)
-                data = self._event(event)
-                if data:
-                    await stream.write(opening + data)
-                    opening = b""
-            await stream.write(opening + answer.closing())
+                await stream.write(self._event(event, begun=stream.started))
+            await stream.write(answer.closing())
         except Exception as error:
             if not stream.started:
                 raise
@@ -139,13 +135,17 @@ class Reply(Response):
             await stream.write(answer.failure(failure))
         await stream.end()
 
-    def _event(self, event: Output | Progress | None) -> bytes:
+    def _event(self, event: Output | Progress | None, *, begun: bool) -> bytes:
+        """What to send of an event, and before it what a stream begins with."""
+        answer = self._answer
+        if isinstance(event, Progress) and not answer.wants_progress:
+            return b""
+        if isinstance(event, Output):
+            self._count(event)
+        opening = b"" if begun else answer.opening()
         if event is None:
-            return sse.PING
-        if isinstance(event, Progress):
-            return self._answer.progress(event) if self._answer.wants_progress else b""
-        self._count(event)
-        return self._answer.chunks(event)
+            return opening + sse.PING
+        return opening + (answer.progress(event) if isinstance(event, Progress) else answer.chunks(event))
 
     def _failure(self, error: Exception) -> ApiError:
         """What to tell the client about ``error``."""
