@@ -63,6 +63,61 @@ def test_requests_of_several_threads(tiny, reference):
             assert_same_bits(task.result(timeout=60)[0], reference)
 
 
+def text_of(llm, prompt, params):
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    return output
+
+
+def test_a_reused_prefix_has_the_bits_of_a_computed_one(tiny):
+    """The second turn finds blocks of the prompt, of the written text and of both, and is none the wiser."""
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logprobs=-1)
+    first_prompt = [(11 * i + 5) % 1000 for i in range(100)]
+    options = {"max_model_len": 512, "num_threads": 2}
+    with LLM(tiny, **options) as llm:
+        first = text_of(llm, first_prompt, params)
+        second_prompt = [*first_prompt, *first.outputs[0].token_ids, *range(20)]
+        reused = text_of(llm, second_prompt, params)
+    assert (first.num_cached_tokens, reused.num_cached_tokens) == (0, 192)
+    with LLM(tiny, **options) as llm:
+        computed = text_of(llm, second_prompt, params)
+    assert computed.num_cached_tokens == 0
+    assert reused.outputs[0].token_ids == computed.outputs[0].token_ids
+    for found, expected in zip(reused.outputs[0].logprobs, computed.outputs[0].logprobs, strict=True):
+        np.testing.assert_array_equal(found.row, expected.row)
+
+
+def test_among_fifteen_others_and_short_of_memory(tiny, reference):
+    """Sixteen at once in too little memory: prompts that begin alike, texts of different lengths."""
+    mates = [{"prompt_token_ids": [n, *PROMPT["prompt_token_ids"][: 10 * n]]} for n in range(1, 9)]
+    mates += [{"prompt_token_ids": [*PROMPT["prompt_token_ids"][: 70 + n], n]} for n in range(7)]
+    params = [SamplingParams(seed=n, max_tokens=160 if n > 7 else 20, ignore_eos=True) for n in range(15)]
+    options = {"max_model_len": 256, "num_threads": 2, "max_num_seqs": 16, "max_num_batched_tokens": 40}
+    with LLM(tiny, kv_cache_tokens=448, **options) as llm:
+        outputs = llm.generate([*mates, PROMPT], [*params, PARAMS], use_tqdm=False)
+        stats = llm.stats()
+    assert_same_bits(outputs[-1], reference)
+    assert stats.num_preemptions_total > 0
+    assert stats.prefix_cache_hits > 0
+    with LLM(tiny, max_model_len=256, num_threads=2) as llm:
+        for mate, each, output in zip(mates, params, outputs, strict=False):
+            assert (
+                output.outputs[0].token_ids
+                == text_of(llm, mate["prompt_token_ids"], each).outputs[0].token_ids
+            )
+
+
+def test_several_texts_of_a_prompt(tiny, reference):
+    params = SamplingParams(n=4, seed=3, max_tokens=12, ignore_eos=True, logprobs=-1, prompt_logprobs=-1)
+    with LLM(tiny, max_model_len=256, num_threads=2, max_num_seqs=4) as llm:
+        output = text_of(llm, PROMPT["prompt_token_ids"], params)
+        stats = llm.stats()
+    assert_same_bits(output, reference)
+    assert [completion.index for completion in output.outputs] == [0, 1, 2, 3]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 4
+    assert output.metrics.num_generated_tokens == 48
+    assert (stats.num_requests_running, stats.kv_cache_usage) == (0, 0)
+
+
 def test_the_best_isa_is_the_default(tiny):
     with LLM(tiny, max_model_len=64) as llm:
         assert f"ISA {cpu.supported_isas()[-1]}," in llm.describe()

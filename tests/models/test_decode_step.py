@@ -46,13 +46,13 @@ def test_recorded_steps_have_the_bits_of_steps_run_by_python(monkeypatch, tiny, 
 
 def test_python_runs_the_prompt_and_one_step(monkeypatch, tiny):
     counts: list[int] = []
-    forward = DeepseekForCausalLM.forward
+    forward = DeepseekForCausalLM.forward_layers
 
     def counting(self, token_ids, batch):
         counts.append(len(token_ids))
         return forward(self, token_ids, batch)
 
-    monkeypatch.setattr(DeepseekForCausalLM, "forward", counting)
+    monkeypatch.setattr(DeepseekForCausalLM, "forward_layers", counting)
     generate(tiny, PROMPTS[:1])
     assert counts == [3, 1]
 
