@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hybrid.outputs import CompletionOutput as CompletionOutput
     from hybrid.outputs import RequestOutput as RequestOutput
     from hybrid.sampling_params import SamplingParams as SamplingParams
+    from hybrid.structured import StructuredOutputs as StructuredOutputs
 
 _EXPORTS = {
     "AsyncLLM": "hybrid.async_llm",
@@ -24,6 +25,7 @@ _EXPORTS = {
     "RequestOutput": "hybrid.outputs",
     "CompletionOutput": "hybrid.outputs",
     "HybridError": "hybrid.errors",
+    "StructuredOutputs": "hybrid.structured",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "HybridError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "__version__",
 ]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hybrid.errors import RequestError
+from hybrid.structured import StructuredOutputs
 
 WHOLE_VOCABULARY = -1  # logprobs and prompt_logprobs: every token
 MAX_LOGPROBS = 1000  # above this a dictionary entry for each token costs more than the whole row
@@ -46,7 +47,7 @@ class SamplingParams:
         allowed_token_ids: nothing else is written.
         include_stop_str_in_output: keep the stop string.
         skip_special_tokens: leave special tokens out of the text.
-        structured_outputs: not supported so far; must be ``None``.
+        structured_outputs: the form the text must have.
 
     Raises:
         RequestError: a value is of the wrong type or out of range, or is not supported.
@@ -72,10 +73,10 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    structured_outputs: None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
-        self._check_unsupported()
+        self._check_what()
         self._check_numbers()
         self._check_lengths()
         self._check_stops()
@@ -100,10 +101,10 @@ class SamplingParams:
             if count is not None and count > vocab_size:
                 _refuse(field, f"at most the {vocab_size} tokens of the vocabulary", count)
 
-    def _check_unsupported(self) -> None:
+    def _check_what(self) -> None:
         _integer("n", self.n, 1, MAX_COMPLETIONS)
-        if self.structured_outputs is not None:
-            _refuse("structured_outputs", "None; they are not supported yet", self.structured_outputs)
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            _refuse("structured_outputs", "StructuredOutputs", self.structured_outputs)
 
     def _check_numbers(self) -> None:
         _number("temperature", self.temperature, lambda x: x >= 0, "a number >= 0")

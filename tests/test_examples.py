@@ -12,7 +12,7 @@ from hybrid.cli.main import main
 from hybrid.config import model_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OF_THE_API = ("generate", "stream", "chat", "logprobs")
+OF_THE_API = ("generate", "stream", "chat", "logprobs", "structured")
 demo_model = pytest.mark.skipif(not model_path("demo").exists(), reason="this tree has no demo model file")
 
 

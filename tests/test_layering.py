@@ -38,6 +38,7 @@ LEVELS = (
         "hybrid.sampling_params",
         "hybrid.outputs",
     ),
+    ("hybrid.structured",),
     ("hybrid.errors",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -39,6 +39,7 @@ SIGNATURES = {
         "repetition_penalty", "logit_bias", "allowed_token_ids", "include_stop_str_in_output",
         "skip_special_tokens", "structured_outputs",
     ],
+    "StructuredOutputs": ["json", "regex", "choice", "grammar", "json_object"],
     "RequestOutput": [
         "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics",
         "num_cached_tokens",
@@ -57,6 +58,7 @@ def test_the_names():
         "HybridError",
         "RequestOutput",
         "SamplingParams",
+        "StructuredOutputs",
         "__version__",
     ]
     assert dir(hybrid) == sorted(hybrid.__all__)
@@ -87,6 +89,8 @@ def test_types_are_published():
     [
         ("import hybrid", {"torch", "numpy", "tokenizers", "jinja2", "tqdm"}),
         ("from hybrid import SamplingParams", {"torch", "numpy"}),
+        ("from hybrid import StructuredOutputs", {"torch", "numpy", "llguidance"}),
+        ("import hybrid.engine.guidance", {"llguidance"}),
         ("from hybrid import RequestOutput", {"torch"}),
         ("import hybrid.gguf", {"torch", "gguf", "tokenizers"}),
         ("import hybrid.placement.planner", {"torch"}),

@@ -15,6 +15,7 @@ from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
 from hybrid.config import CACHE_BYTES, EngineConfig, ExpertUse, KVFormat, model_path
 from hybrid.engine.engine import Engine, check_context
+from hybrid.engine.guidance import Guidance
 from hybrid.errors import ConfigError, PlacementError
 from hybrid.gguf import GGUFFile
 from hybrid.log import get_logger
@@ -126,7 +127,9 @@ def load(
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
-            engine = Engine(loaded, config, end_token_ids=tokenizer.stop_ids)
+            engine = Engine(
+                loaded, config, end_token_ids=tokenizer.stop_ids, constraint_factory=Guidance(tokenizer)
+            )
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(
