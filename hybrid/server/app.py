@@ -24,7 +24,7 @@ from hybrid.server.request_log import RequestLog
 from hybrid.server.respond import Reply
 from hybrid.server.responses import ResponsesAnswer
 
-PAGE = Path(__file__).parent / "page" / "index.html"
+PAGES = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -40,7 +40,7 @@ def create_app(context: ServerContext) -> ASGIApp:
     errors.add_handlers(app)
     app.include_router(info_routes(context))
     app.include_router(_generation_routes(context))
-    app.include_router(_page_route())
+    app.include_router(_page_routes())
     app.add_middleware(errors.Unexpected)
     inner: ASGIApp = app
     settings = context.settings
@@ -88,13 +88,22 @@ def _generation_routes(context: ServerContext) -> APIRouter:
     return router
 
 
-def _page_route() -> APIRouter:
-    router = APIRouter()
+def _page_routes() -> APIRouter:
+    router = APIRouter(include_in_schema=False)
 
-    @router.get("/", include_in_schema=False)
-    async def page() -> Response:
-        if not PAGE.is_file():
-            raise errors.not_found("this build has no web page; the API is under /v1")
-        return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+    @router.get("/")
+    async def conversations() -> Response:
+        return _page("index.html")
+
+    @router.get("/status")
+    async def status() -> Response:
+        return _page("status.html")
 
     return router
+
+
+def _page(name: str) -> Response:
+    path = PAGES / name
+    if not path.is_file():
+        raise errors.not_found("this build has no web page; the API is under /v1")
+    return Response(path.read_bytes(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)

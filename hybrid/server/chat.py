@@ -12,11 +12,14 @@ from hybrid.server.errors import refuse
 from hybrid.server.generation import Job, Output, Progress
 from hybrid.server.json_response import to_json
 from hybrid.server.logprobs import chat_logprobs
-from hybrid.server.parsers import OutputParser, ParsedDelta, ToolCallDelta, parser_for
+from hybrid.server.parsers import OutputParser, ParsedDelta, ToolCallDelta, opens_thinking, parser_for
+from hybrid.server.parsers.format import THINK_END
 from hybrid.server.protocol import MAX_TOP_LOGPROBS, ChatBody
 from hybrid.server.record import Record
 from hybrid.server.respond import Answer
 from hybrid.server.sampling import num_choices, sampling_params
+
+_PROMPT_END_TOKENS = 16  # enough to see whether the template has opened a reasoning block
 
 
 class ChatAnswer(Answer):
@@ -33,10 +36,8 @@ class ChatAnswer(Answer):
         self._options = checked_options(body.chat_template_kwargs, body.reasoning_effort)
         if body.chat_template is not None:
             refuse("chat_template: requests cannot bring a template of their own", "chat_template")
-        self._choices = [
-            ChatChoice(index, parser_for(self._card.chat_template_text, self._card.architecture))
-            for index in range(num_choices(body))
-        ]
+        self._n = num_choices(body)
+        self._choices: list[ChatChoice] = []  # made when the prompt is: what it ends with is theirs to know
 
     @property
     def model_name(self) -> str:
@@ -53,16 +54,20 @@ class ChatAnswer(Answer):
 
     def jobs(self) -> list[Job]:
         body = self._body
+        ids = encode_chat(
+            self._engine, body.messages, tools=self._tools, options=self._options,
+            add_generation_prompt=body.add_generation_prompt,
+        )  # fmt: skip
+        thinks = opens_thinking(self._engine.tokenizer.decode(ids[-_PROMPT_END_TOKENS:]))
+        self._choices = [ChatChoice(index, self._parser(thinks)) for index in range(self._n)]
         params = sampling_params(
             body,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=self._top_logprobs,
             response_format=body.response_format,
+            after=THINK_END if thinks else None,
+            keep_special_tokens=self._choices[0].has_parser,
         )
-        ids = encode_chat(
-            self._engine, body.messages, tools=self._tools, options=self._options,
-            add_generation_prompt=body.add_generation_prompt,
-        )  # fmt: skip
         return [Job({"prompt_token_ids": ids}, params, self.record.request_id)]
 
     def add(self, event: Output) -> None:
@@ -101,6 +106,15 @@ class ChatAnswer(Answer):
 
     def prompt_text(self) -> str:
         return to_json(self._body.messages)
+
+    def _parser(self, thinks: bool) -> OutputParser | None:
+        return parser_for(
+            self._card.chat_template_text,
+            self._card.architecture,
+            tools=self._tools is not None,
+            thinking_open=thinks,
+            tool_definitions=self._tools or (),
+        )
 
     def _chunks(self, completion: CompletionOutput, is_last: bool) -> bytes:
         choice = self._choices[completion.index]
@@ -162,6 +176,10 @@ class ChatChoice:
         self.tool_calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
+
+    @property
+    def has_parser(self) -> bool:
+        return self._parser is not None
 
     def take(self, completion: CompletionOutput) -> list[ParsedDelta]:
         """What the new text says."""

@@ -18,7 +18,7 @@ from hybrid.server.body import discard_body
 from hybrid.server.errors import ApiError
 from hybrid.server.settings import ServerSettings
 
-OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/", "/status", "/health", "/favicon.ico"})
 
 
 class Guard:

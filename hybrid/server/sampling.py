@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid import sampling_params as sampling
 from hybrid.sampling_params import SamplingParams
 from hybrid.server.errors import refuse
 from hybrid.server.protocol import MAX_CHOICES, GenerationBody, ResponseFormat
+from hybrid.structured import StructuredOutputs
 
 _WAYS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -27,8 +27,14 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     response_format: ResponseFormat | None = None,
+    after: str | None = None,
+    keep_special_tokens: bool = False,
 ) -> SamplingParams:
-    """What a request asks for. May compile a schema: not for the event loop.
+    """What a request asks for. Checks a schema of any size: not for the event loop.
+
+    Args:
+        after: a form that is asked for holds for what follows this marker.
+        keep_special_tokens: whatever the request says, special tokens are part of the text.
 
     Raises:
         ApiError, RequestError: a value is invalid or not supported.
@@ -54,8 +60,8 @@ def sampling_params(
         logit_bias=_logit_bias(body.logit_bias),
         allowed_token_ids=body.allowed_token_ids,
         include_stop_str_in_output=body.include_stop_str_in_output,
-        skip_special_tokens=body.skip_special_tokens,
-        structured_outputs=_structured(body.structured_outputs, response_format),
+        skip_special_tokens=body.skip_special_tokens and not keep_special_tokens,
+        structured_outputs=_structured(body.structured_outputs, response_format, after),
     )
 
 
@@ -70,7 +76,9 @@ def _logit_bias(given: dict[str, float] | None) -> dict[int, float] | None:
     return bias
 
 
-def _structured(given: dict[str, Any] | None, response_format: ResponseFormat | None) -> Any:
+def _structured(
+    given: dict[str, Any] | None, response_format: ResponseFormat | None, after: str | None
+) -> StructuredOutputs | None:
     """The constraint on the text, or ``None``; never one that is quietly left out."""
     constraint, field = _from_format(response_format), "response_format"
     if given is not None:
@@ -83,10 +91,9 @@ def _structured(given: dict[str, Any] | None, response_format: ResponseFormat | 
             constraint = None
     if constraint is None:
         return None
-    kind = getattr(sampling, "StructuredOutputs", None)
-    if kind is None:
-        refuse(f"{field}: this build cannot hold a text to a schema or grammar", field, "unsupported")
-    return kind(**constraint)
+    if after is not None:
+        constraint = {**constraint, "after": after}
+    return StructuredOutputs(**constraint)
 
 
 def _from_format(response_format: ResponseFormat | None) -> dict[str, Any] | None:
@@ -95,6 +102,6 @@ def _from_format(response_format: ResponseFormat | None) -> dict[str, Any] | Non
     if response_format.type == "json_object":
         return {"json_object": True}
     schema = (response_format.json_schema or {}).get("schema")
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         refuse("response_format.json_schema.schema: expected a JSON schema", "response_format")
     return {"json": schema}

@@ -50,8 +50,13 @@ def test_with_the_key(locked, headers):
 
 def test_what_is_open(locked):
     assert httpx.get(f"{locked}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{locked}/").status_code in (200, 404)
-    assert {"/", "/health", "/favicon.ico"} == OPEN_PATHS
+    for path in ("/", "/status"):
+        page = httpx.get(locked + path)
+        assert page.status_code == 200
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert page.headers["x-frame-options"] == "DENY"
+    assert httpx.get(f"{locked}/favicon.ico").status_code == 404
+    assert {"/", "/status", "/health", "/favicon.ico"} == OPEN_PATHS
 
 
 @pytest.mark.parametrize(

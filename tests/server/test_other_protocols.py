@@ -33,7 +33,7 @@ class Thinking:
 
 @pytest.fixture
 def thinking(serve, monkeypatch):
-    monkeypatch.setattr(chat, "parser_for", lambda template, architecture: Thinking())
+    monkeypatch.setattr(chat, "parser_for", lambda template, architecture, **options: Thinking())
     return serve(pieces=["Hm", "I", " see", "*"], num_cached_tokens=2)
 
 

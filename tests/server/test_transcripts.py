@@ -175,17 +175,17 @@ class Shouting:
     def feed(self, text):
         if text == "*":
             return [
-                ParsedDelta(tool_call=ToolCallDelta(0, "call_1", "look")),
-                ParsedDelta(tool_call=ToolCallDelta(0, arguments_delta='{"a":')),
+                ParsedDelta(tool_call=ToolCallDelta(0, "call_1", "look", "")),
+                ParsedDelta(tool_call=ToolCallDelta(0, None, None, '{"a":')),
             ]
         return [ParsedDelta(reasoning=text) if text.isupper() else ParsedDelta(content=text)]
 
     def finish(self):
-        return [ParsedDelta(tool_call=ToolCallDelta(0, arguments_delta="1}"))]
+        return [ParsedDelta(tool_call=ToolCallDelta(0, None, None, "1}"))]
 
 
 def test_reasoning_and_tool_calls(stream, monkeypatch):
-    monkeypatch.setattr(chat, "parser_for", lambda template, architecture: Shouting())
+    monkeypatch.setattr(chat, "parser_for", lambda template, architecture, **options: Shouting())
     call = '{"tool_calls":[{"index":0,%s"function":{%s"arguments":"%s"}}]}'
     assert stream({"pieces": ["HM", "ok", "*"]}) == (
         role()
@@ -200,7 +200,7 @@ def test_reasoning_and_tool_calls(stream, monkeypatch):
 
 
 def test_reasoning_and_tool_calls_as_a_whole(serve, monkeypatch):
-    monkeypatch.setattr(chat, "parser_for", lambda template, architecture: Shouting())
+    monkeypatch.setattr(chat, "parser_for", lambda template, architecture, **options: Shouting())
     server = serve(pieces=["HM", "*"])
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": USER})
     (choice,) = answer.json()["choices"]
