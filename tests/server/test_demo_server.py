@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import json
 
 import httpx
 import openai
@@ -177,3 +178,40 @@ def test_two_hundred_clients_and_a_queue_of_32(demo_server):
     metrics = httpx.get(f"{demo_server.url}/metrics").text
     assert "hybrid:num_requests_running 0.0" in metrics
     assert "hybrid:num_requests_waiting 0.0" in metrics
+
+
+def test_structured_output(client):
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"enum": ["fox", "hen"]},
+            "legs": {"type": "integer", "minimum": 2, "maximum": 4},
+        },
+        "required": ["name", "legs"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": schema, "strict": True}}
+    found = json.loads(chat(client, response_format=form, max_tokens=60).choices[0].message.content)
+    assert found["name"] in ("fox", "hen")
+    assert found["legs"] in (2, 3, 4)
+    streamed = chat(client, response_format=form, max_tokens=60, stream=True)
+    assert json.loads("".join(c.choices[0].delta.content or "" for c in streamed)) == found
+    answer = chat(client, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert answer.choices[0].message.content in ("yes", "no")
+    assert answer.choices[0].finish_reason == "stop"
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError):
+        chat(client, response_format=wrong)
+    with pytest.raises(openai.BadRequestError):
+        chat(client, extra_body={"structured_outputs": {"regex": "("}}, stream=True)
+
+
+def test_other_protocols_say_the_same(client, demo_server):
+    text = chat(client).choices[0].message.content
+    response = client.responses.create(
+        model="demo", input=USER[0]["content"], temperature=0, max_output_tokens=24
+    )
+    assert response.output_text == text
+    body = {"messages": USER, "max_tokens": 24, "temperature": 0}
+    message = httpx.post(f"{demo_server.url}/v1/messages", json=body, timeout=20).json()
+    assert message["content"] == [{"type": "text", "text": text}]
