@@ -34,6 +34,19 @@ def _mock_module():
 mock_llm = sys.modules.get("mock_llm") or _mock_module()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plain_http():
+    """`httpx.get` and the like without reading the machine's certificates each time."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with (
+        httpx.Client(verify=False, limits=limits, timeout=20) as client,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in ("get", "post", "options", "stream"):
+            patch.setattr(httpx, name, getattr(client, name))
+        yield
+
+
 class RunningServer:
     """A `ModelServer` on a loop of its own, in a thread. Ids and times of its answers are fixed."""
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hybrid.cli.main import main
+
 MOCK = Path(__file__).parent / "mock_server.py"
 MANY = [" word"] * 2000
 TEXT = "/v1/completions"
@@ -129,9 +131,6 @@ def test_two_servers_on_one_port():
     [
         (("-m", "/nowhere.gguf"), 1, "/nowhere.gguf: cannot open the file: No such file"),
         (("--host", "203.0.113.7"), 1, "cannot listen on 203.0.113.7:8000"),
-        (("--port", "70000"), 2, "expected a port, 0 to 65535"),
-        (("--api-key", ""), 2, "--api-key"),
-        (("--cors-origins", "*"), 2, "--cors-origins *"),
         (("--port", "0", "-c", "100000"), 2, "expected at most the 2048 tokens"),
     ],
 )
@@ -140,6 +139,21 @@ def test_what_it_does_not_start_with(arguments, code, message):
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--port", "70000"), "expected a port, 0 to 65535"),
+        (("--api-key", ""), "--api-key"),
+        (("--cors-origins", "*"), "--cors-origins *"),
+        (("--max-body", "lots"), "expected a size, as in 16MiB"),
+        (("--allowed-hosts", "a b"), "expected names"),
+    ],
+)
+def test_flags_that_are_wrong(arguments, message, capsys):
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_it_warns_of_an_open_door(process):

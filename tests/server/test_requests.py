@@ -20,7 +20,7 @@ def server(shared_server):
 
 @pytest.fixture
 def post(server):
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url, timeout=20, verify=False) as client:
 
         def post(path, body=None, **options):
             if body is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 
@@ -116,7 +118,7 @@ def test_log_probabilities(stream):
 def test_pings_while_the_prompt_takes_long(stream):
     text = stream({"pieces": ["A"], "prefill_s": 0.5}, settings={"ping_s": 0.1})
     assert text.count(PING) >= 2
-    assert text.replace(PING + PING, PING).replace(PING + PING, PING) == (
+    assert re.sub(f"({PING})+", PING, text) == (
         role()
         + PING
         + chunk('{"content":"A"}')
