@@ -39,6 +39,10 @@ class Batch:
     steps: Generator[None, None, torch.Tensor] | None = None
 
     @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.items)
+
+    @property
     def samplers(self) -> list[Sequence]:
         """Sequences that get a token, in the order of the batch."""
         return [item.sequence for item in self.items if item.samples]

@@ -51,9 +51,9 @@ class Scheduler:
         self._admit()
         writing = [item for sequence in list(self.running) for item in self._next_token(sequence)]
         if self.prompt is None:
-            self.prompt = self._next_prompts()
+            self.prompt = self._next_prompts(limited=bool(writing))
         if self.prompt is not None and (not writing or self.turns.prompt_is_next):
-            self.turns.start_prompt(limited=bool(writing))
+            self.turns.start_prompt(self.prompt.num_tokens, limited=bool(writing))
             return self.prompt
         return Batch(writing, decodes=True) if writing else None
 
@@ -102,13 +102,18 @@ class Scheduler:
         self.counters.num_preemptions_total += 1
         return last is not needs
 
-    def _next_prompts(self) -> Batch | None:
-        """Pieces of prompts for ``max_num_batched_tokens``: at least half for the first, so that it is soon
-        done, the rest for those behind it, so that a long one does not keep short ones waiting."""
+    def _next_prompts(self, *, limited: bool) -> Batch | None:
+        """Pieces of prompts for ``max_num_batched_tokens``, or fewer while texts are written.
+
+        At least half are for the first, so that it is soon done, the rest for those behind it, so that a long
+        one does not keep short ones waiting.
+        """
         prompts = [s for s in self.running if s.num_uncomputed_tokens and not s.writes]
         if not prompts:
             return None
         budget = self.config.max_num_batched_tokens
+        if limited:
+            budget = self.turns.piece(budget)
         others = min(sum(s.num_uncomputed_tokens for s in prompts[1:]), budget // 2)
         pieces = [min(prompts[0].num_uncomputed_tokens, budget - others)]
         budget -= pieces[0]
