@@ -254,6 +254,9 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_CORS_ORIGINS": EnvVar(
         names, "origins, as in https://chat.example", "web pages that may call this server"
     ),
+    "HYBRID_KV_CACHE_TOKENS": EnvVar(
+        integer(1), _COUNT, "tokens the cache holds for all requests (default: --parallel contexts)"
+    ),
     "HYBRID_MAX_QUEUE": EnvVar(integer(0), "an integer >= 0", "requests that may wait; one more gets 429"),
     "HYBRID_QUEUE_TIMEOUT": EnvVar(
         positive, _SECONDS, "seconds a request may wait to be begun (default: no limit)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -11,7 +12,7 @@ from hybrid import env
 from hybrid.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from hybrid.gguf import GGUFFile
@@ -210,9 +211,16 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
     """
     rules = rules_for(args, args.model)  # a bad file is told before torch is loaded
 
-    from tqdm import tqdm
-
     from hybrid.llm import LLM
+
+    with loading_bar() as show:
+        return LLM(args.model, rules, args.ctx_size, progress=show, **runtime_options(args), **options)
+
+
+@contextlib.contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar if stderr is a terminal: call what it gives with bytes read and in all."""
+    from tqdm import tqdm
 
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
@@ -220,7 +228,7 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
             bar.total = total
             bar.update(done - bar.n)
 
-        return LLM(args.model, rules, args.ctx_size, progress=show, **runtime_options(args), **options)
+        yield show
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:

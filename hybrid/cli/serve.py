@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(group, "--cors-origins", action=arguments.Extend)
     arguments.flag(group, "-np", "--parallel", default=8)
     arguments.flag(group, "-ub", "--ubatch-size", default=512)
+    arguments.flag(group, "--kv-cache-tokens")
     arguments.flag(group, "--max-queue", default=256)
     arguments.flag(group, "--queue-timeout")
     arguments.flag(group, "--log-prompts")
@@ -97,18 +98,25 @@ def loader(args: argparse.Namespace, settings: ServerSettings) -> Load:
     def load(progress: Progress) -> tuple[AsyncEngine, ModelCard]:
         from hybrid.async_llm import AsyncLLM
 
-        engine = AsyncLLM(
-            args.model,
-            arguments.rules_for(args, args.model),
-            args.ctx_size,
-            progress=progress,
-            seed=args.seed,
-            max_num_seqs=args.parallel,
-            max_num_batched_tokens=max(args.ubatch_size, args.parallel),
-            max_queue=args.max_queue,
-            max_queue_wait_s=args.queue_timeout,
-            **arguments.runtime_options(args),
-        )
+        with arguments.loading_bar() as show:
+
+            def tell(done: int, total: int) -> None:
+                progress(done, total)
+                show(done, total)
+
+            engine = AsyncLLM(
+                args.model,
+                arguments.rules_for(args, args.model),
+                args.ctx_size,
+                progress=tell,
+                seed=args.seed,
+                max_num_seqs=args.parallel,
+                max_num_batched_tokens=max(args.ubatch_size, args.parallel),
+                kv_cache_tokens=args.kv_cache_tokens,
+                max_queue=args.max_queue,
+                max_queue_wait_s=args.queue_timeout,
+                **arguments.runtime_options(args),
+            )
         return engine, ModelCard.of(model_path(args.model), settings.model_names, engine)
 
     return load
