@@ -261,7 +261,7 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_QUEUE_TIMEOUT": EnvVar(
         positive, _SECONDS, "seconds a request may wait to be begun (default: no limit)"
     ),
-    "HYBRID_MAX_BODY": EnvVar(n_bytes, "a size, as in 16MiB", "largest body of a request"),
+    "HYBRID_MAX_BODY": EnvVar(n_bytes, "a size, as in 8MiB", "largest body of a request"),
     "HYBRID_HEADER_TIMEOUT": EnvVar(positive, _SECONDS, "seconds in which a request's headers must arrive"),
     "HYBRID_BODY_TIMEOUT": EnvVar(positive, _SECONDS, "seconds in which its body must arrive"),
     "HYBRID_SEND_TIMEOUT": EnvVar(positive, _SECONDS, "seconds a client may take nothing of its answer"),

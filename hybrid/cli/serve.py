@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(group, "--log-prompts")
     arguments.flag(group, "-s", "--seed", default=0)
     limits = parser.add_argument_group("limits")
-    arguments.flag(limits, "--max-body", default=16 << 20)
+    arguments.flag(limits, "--max-body", default=8 << 20)
     arguments.flag(limits, "--header-timeout", default=10.0)
     arguments.flag(limits, "--body-timeout", default=30.0)
     arguments.flag(limits, "--send-timeout", default=30.0)

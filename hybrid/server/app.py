@@ -11,7 +11,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from hybrid.server import errors, openapi
-from hybrid.server.body import read_body
 from hybrid.server.chat import ChatAnswer
 from hybrid.server.completions import CompletionAnswer
 from hybrid.server.context import ServerContext
@@ -56,31 +55,31 @@ def _generation_routes(context: ServerContext) -> APIRouter:
 
     @router.post("/v1/chat/completions", openapi_extra=openapi.json_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, ChatBody, context.settings)
+        body = await context.bodies.read(request, ChatBody)
         context.check_model(body.model)
         return Reply(context, ChatAnswer(context, body))
 
     @router.post("/v1/completions", openapi_extra=openapi.json_body(CompletionBody))
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionBody, context.settings)
+        body = await context.bodies.read(request, CompletionBody)
         context.check_model(body.model)
         return Reply(context, CompletionAnswer(context, body))
 
     @router.post("/v1/responses", openapi_extra=openapi.json_body(ResponsesBody))
     async def responses(request: Request) -> Response:
-        body = await read_body(request, ResponsesBody, context.settings)
+        body = await context.bodies.read(request, ResponsesBody)
         context.check_model(body.model)
         return Reply(context, ResponsesAnswer(context, body))
 
     @router.post("/v1/messages", openapi_extra=openapi.json_body(MessagesBody))
     async def messages(request: Request) -> Response:
-        body = await read_body(request, MessagesBody, context.settings)
+        body = await context.bodies.read(request, MessagesBody)
         context.check_model(body.model)
         return Reply(context, MessagesAnswer(context, body))
 
     @router.post("/v1/messages/count_tokens", openapi_extra=openapi.json_body(CountTokensBody))
     async def count_tokens(request: Request) -> Response:
-        body = await read_body(request, CountTokensBody, context.settings)
+        body = await context.bodies.read(request, CountTokensBody)
         context.check_model(body.model)
         jobs = await context.in_thread(MessagesAnswer(context, body).jobs)
         return json_response({"input_tokens": len(jobs[0].prompt["prompt_token_ids"])})

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
-from hybrid.server.errors import ApiError, ClientGone
+from hybrid.server.errors import UNAVAILABLE, ApiError, ClientGone
 from hybrid.server.protocol import Body
 from hybrid.server.settings import ServerSettings
 
@@ -17,21 +17,70 @@ B = TypeVar("B", bound=Body)
 
 _CLOSE = {"connection": "close"}
 _MAX_DISCARDED = 256 << 20  # of a body that is too large: read, so that its sender gets to see the answer
+_MAX_ON_THEIR_WAY = 256 << 20  # bytes of all bodies that are being read
 _INLINE = 64 << 10  # larger bodies are parsed in a thread
 
 
-async def read_body(request: Request, kind: type[B], settings: ServerSettings) -> B:
-    """The body as ``kind``.
+class BodyReader:
+    """Reads the bodies of a server's requests; those that are on their way share a bounded memory."""
 
-    Raises:
-        ApiError: 415 it is not declared as JSON, 413 too large, 408 too slow, 400 not what was expected.
-        ClientGone: the connection ended first.
-    """
-    _check_type(request)
-    data = await _read(request.scope, request.receive, settings)
-    if len(data) <= _INLINE:
-        return parse_body(data, kind)
-    return await asyncio.to_thread(parse_body, data, kind)
+    def __init__(self, settings: ServerSettings) -> None:
+        self._limit, self._timeout_s = settings.max_body, settings.body_timeout_s
+        self._free = max(_MAX_ON_THEIR_WAY, settings.max_body)
+
+    async def read(self, request: Request, kind: type[B]) -> B:
+        """The body as ``kind``.
+
+        Raises:
+            ApiError: 415 it is not declared as JSON, 413 too large, 408 too slow, 503 too many large ones at
+                once, 400 not what was expected.
+            ClientGone: the connection ended first.
+        """
+        _check_type(request)
+        parts: list[bytes] = []
+        try:
+            await self._receive(request, parts)
+            data = b"".join(parts)
+            if len(data) <= _INLINE:
+                return parse_body(data, kind)
+            return await asyncio.to_thread(parse_body, data, kind)
+        finally:
+            self._free += sum(map(len, parts))
+
+    async def _receive(self, request: Request, parts: list[bytes]) -> None:
+        declared = int(request.headers.get("content-length", "0"))
+        if declared > self._limit and (declared > _MAX_DISCARDED or "expect" in request.headers):
+            raise _too_large(self._limit)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                size = await self._collect(request.receive, parts)
+        except TimeoutError:
+            message = f"the body was not there after {self._timeout_s:g} s"
+            raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from None
+        if size > self._limit:
+            raise _too_large(self._limit)
+
+    async def _collect(self, receive: Receive, parts: list[bytes]) -> int:
+        """Size of the body; its bytes are in ``parts`` unless it is too large."""
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
+            if size > _MAX_DISCARDED:
+                raise _too_large(self._limit)
+            if size <= self._limit:
+                if len(part) > self._free:
+                    raise ApiError(
+                        503, "too many large requests at once", type=UNAVAILABLE, code="busy",
+                        headers={**_CLOSE, "retry-after": "1"},
+                    )  # fmt: skip
+                self._free -= len(part)
+                parts.append(part)
+            if not message.get("more_body", False):
+                return size
 
 
 def parse_body(data: bytes, kind: type[B]) -> B:
@@ -70,38 +119,6 @@ def _check_type(request: Request) -> None:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise ApiError(415, f"Content-Encoding {encoding[:80]!r} is not supported", headers=_CLOSE)
-
-
-async def _read(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
-    headers = dict(scope["headers"])
-    declared = int(headers.get(b"content-length", b"0"))
-    limit = settings.max_body
-    if declared > limit and (declared > _MAX_DISCARDED or b"expect" in headers):
-        raise _too_large(limit)
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                part = message.get("body", b"")
-                size += len(part)
-                if size <= limit:
-                    parts.append(part)
-                else:
-                    parts.clear()
-                if size > _MAX_DISCARDED:
-                    raise _too_large(limit)
-                if not message.get("more_body", False):
-                    break
-    except TimeoutError:
-        message_ = f"the body was not there after {settings.body_timeout_s:g} s"
-        raise ApiError(408, message_, code="body_timeout", headers=_CLOSE) from None
-    if size > limit:
-        raise _too_large(limit)
-    return b"".join(parts)
 
 
 def _too_large(limit: int) -> ApiError:

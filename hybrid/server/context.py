@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import TypeVar
 
+from hybrid.server.body import BodyReader
 from hybrid.server.engine_api import AsyncEngine
 from hybrid.server.errors import SERVER_ERROR, ApiError, busy, not_found, unavailable
 from hybrid.server.generation import Generation
@@ -50,6 +51,7 @@ class ServerContext:
         self.clock: Callable[[], float] = time.time
         self.new_id: Callable[[str], str] = lambda prefix: f"{prefix}{uuid.uuid4().hex}"
         self.metrics = ServerMetrics(lambda: None if self.engine is None else self.engine.stats())
+        self.bodies = BodyReader(settings)
         self.idle = asyncio.Event()
         self.idle.set()
         self._under_way = 0

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from hybrid.server.body import read_body
 from hybrid.server.chat_prompt import checked_options, encode_chat
 from hybrid.server.context import Phase, ServerContext
 from hybrid.server.errors import ApiError, refuse
@@ -53,12 +52,12 @@ def info_routes(context: ServerContext) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=json_body(TokenizeBody))
     async def tokenize(request: Request) -> Response:
-        body = await read_body(request, TokenizeBody, context.settings)
+        body = await context.bodies.read(request, TokenizeBody)
         return json_response(await context.in_thread(lambda: _tokenize(context, body)))
 
     @router.post("/detokenize", openapi_extra=json_body(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody, context.settings)
+        body = await context.bodies.read(request, DetokenizeBody)
         tokenizer = context.check_ready()[0].tokenizer
         text = await context.in_thread(lambda: tokenizer.decode(body.tokens))
         return json_response({"prompt": text, "content": text})

@@ -81,4 +81,4 @@ def _text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, _LOWEST)
+    return logprob if logprob > _LOWEST else _LOWEST  # NaN too

@@ -36,7 +36,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_queue: int = 256
-    max_body: int = 16 * MIB
+    max_body: int = 8 * MIB
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0

@@ -8,6 +8,8 @@ import time
 import httpx
 import pytest
 
+from hybrid.server import body
+
 TEXT = "/v1/completions"
 
 
@@ -104,6 +106,22 @@ def test_a_body_that_nobody_reads_in_drips(hasty):
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
         read_answer(connection)
         assert drip(connection, b" " * 1000)[1] < 3
+
+
+def test_large_bodies_share_a_bounded_memory(serve, monkeypatch, eventually):
+    monkeypatch.setattr(body, "_MAX_ON_THEIR_WAY", 3_000_000)
+    server = serve(settings={"max_body": 2_000_000})
+    whole = {"prompt": "A" * 1_800_000}
+    free = server.context.bodies._free
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(server.port) as slow:
+        slow.sendall(head + b"Content-Length: 1900000\r\n\r\n" + b" " * 1_700_000)
+        eventually(lambda: server.context.bodies._free == free - 1_700_000)
+        refused = httpx.post(server.url + TEXT, json=whole)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy")
+        assert httpx.post(server.url + TEXT, json={"prompt": "A"}).status_code == 200
+    eventually(lambda: server.context.bodies._free == free)
+    assert httpx.post(server.url + TEXT, json=whole).json()["error"]["type"] == "exceed_context_size_error"
 
 
 def test_many_slow_connections_leave_room(hasty):

@@ -147,7 +147,7 @@ def test_what_it_does_not_start_with(arguments, code, message):
         (("--port", "70000"), "expected a port, 0 to 65535"),
         (("--api-key", ""), "--api-key"),
         (("--cors-origins", "*"), "--cors-origins *"),
-        (("--max-body", "lots"), "expected a size, as in 16MiB"),
+        (("--max-body", "lots"), "expected a size, as in 8MiB"),
         (("--allowed-hosts", "a b"), "expected names"),
     ],
 )

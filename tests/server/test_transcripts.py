@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 
 import httpx
@@ -10,6 +12,7 @@ import pytest
 from hybrid.errors import RequestError
 from hybrid.server import chat
 from hybrid.server.parsers import ParsedDelta, ToolCallDelta
+from hybrid.server.settings import ServerSettings
 
 USER = [{"role": "user", "content": "Tell a story."}]  # 8 tokens with the template's
 TIMINGS = (
@@ -226,3 +229,35 @@ def test_a_whole_chat(serve):
         '"choices":[{"index":0,"message":{"role":"assistant","content":"Once upon a time"},'
         '"logprobs":null,"finish_reason":"stop"}],' + USAGE % (4, 12) + "," + TIMINGS % (4, "0.75") + "}"
     )
+
+
+def test_a_model_that_thinks_and_calls_tools(serve):
+    """The parsers of the package, by the model's template."""
+    template = "<think>\n</think> <tool_call>"
+    call = '<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call>'
+    server = serve(pieces=["<think>", "Hm", "</think>", "I", " see.\n", *call])
+    server.context.card = dataclasses.replace(server.context.card, chat_template_text=template)
+    function = {"name": "look", "parameters": {"type": "object"}}
+    body = {"messages": USER, "tools": [{"type": "function", "function": function}]}
+    (choice,) = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["reasoning_content"] == "Hm"
+    assert choice["message"]["content"] == "I see."
+    (found,) = choice["message"]["tool_calls"]
+    assert found["function"]["name"] == "look"
+    assert json.loads(found["function"]["arguments"]) == {"at": "it"}
+    ((_, params),) = server.engine.requests
+    assert not params.skip_special_tokens  # the markers may be special tokens
+    text = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": True}).text
+    deltas = [
+        json.loads(line[6:])["choices"][0]["delta"] for line in text.split("\n") if line.startswith("data: {")
+    ]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm"
+    assert "".join(delta.get("content", "") for delta in deltas) == "I see."
+    pieces = [each["function"] for delta in deltas for each in delta.get("tool_calls", ())]
+    assert "".join(piece.get("name", "") for piece in pieces) == "look"
+    assert json.loads("".join(piece["arguments"] for piece in pieces)) == {"at": "it"}
+
+
+def test_pings_come_every_fifteen_seconds():
+    assert ServerSettings().ping_s == 15
