@@ -17,11 +17,12 @@ MAX_REGEX_BYTES = 16 * 1024
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_CHOICES = 4096
 MAX_CHOICE_BYTES = 64 * 1024  # all of them
+MAX_MARKER_BYTES = 64
 
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """The form of a text. Exactly one is given.
+    """The form of a text. Exactly one of the first five is given.
 
     Attributes:
         json: a JSON Schema, an object or its text; kept as text. The text is a JSON value that it accepts.
@@ -29,6 +30,8 @@ class StructuredOutputs:
         choice: the text is one of these.
         grammar: a context-free grammar, in llguidance's variant of Lark or in GBNF.
         json_object: the text is a JSON object.
+        after: the form holds for what follows this marker; before it the text is free, and does not end. For
+            models that think first: ``"</think>"`` where the prompt has opened the block.
 
     Raises:
         RequestError: none or several are given, one is of a wrong type, or it is too large or too deep.
@@ -39,6 +42,7 @@ class StructuredOutputs:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool = False
+    after: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
@@ -47,6 +51,8 @@ class StructuredOutputs:
         given += ["json_object"] if self.json_object else []
         if len(given) != 1:
             _refuse(None, "exactly one of json, regex, choice, grammar and json_object", given)
+        if self.after is not None:
+            _check_text("after", self.after, MAX_MARKER_BYTES)
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         if self.regex is not None:

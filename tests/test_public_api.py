@@ -39,7 +39,7 @@ SIGNATURES = {
         "repetition_penalty", "logit_bias", "allowed_token_ids", "include_stop_str_in_output",
         "skip_special_tokens", "structured_outputs",
     ],
-    "StructuredOutputs": ["json", "regex", "choice", "grammar", "json_object"],
+    "StructuredOutputs": ["json", "regex", "choice", "grammar", "json_object", "after"],
     "RequestOutput": [
         "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics",
         "num_cached_tokens",

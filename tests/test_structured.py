@@ -41,6 +41,7 @@ def doubled(times: int) -> dict:
         ({"choice": ["a", "b"]}, "choice"),
         ({"grammar": 'start: "a"'}, "grammar"),
         ({"json_object": True}, "json_object"),
+        ({"json_object": True, "after": "</think>"}, "json_object"),
     ],
 )
 def test_what_is_right(given, kind):
@@ -64,6 +65,9 @@ def test_a_schema_is_kept_as_it_was():
         ({"json": SCHEMA, "regex": "a"}, "exactly one of"),
         ({"json_object": True, "choice": ["a"]}, "exactly one of"),
         ({"json_object": 1}, "json_object.*True or False"),
+        ({"after": "x"}, "exactly one of"),
+        ({"json_object": True, "after": ""}, "after.*not empty"),
+        ({"json_object": True, "after": "x" * 65}, "after.*bytes"),
         ({"json": "{"}, "json.*not JSON"),
         ({"json": ""}, "json.*not empty"),
         ({"json": "[1]"}, "json.*an object"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from json import dumps
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from hybrid.engine.constraint import Constraint
 from hybrid.errors import RequestError
 from hybrid.structured import StructuredOutputs
 from hybrid.tokenizer import Tokenizer
@@ -39,18 +41,20 @@ class Guidance:
         self._compiled: OrderedDict[StructuredOutputs, LLMatcher] = OrderedDict()
         self._compiles = threading.BoundedSemaphore(MAX_COMPILES)
 
-    def __call__(self, wanted: StructuredOutputs) -> GrammarConstraint:
+    def __call__(self, wanted: StructuredOutputs) -> Constraint:
         """A constraint at the beginning of a text.
 
         Raises:
             RequestError: the schema, expression or grammar is wrong, not supported, matches nothing, or takes
                 too long to compile; or llguidance is not installed.
         """
+        marker, wanted = wanted.after, replace(wanted, after=None)
         with self._lock:
             matcher = self._compiled.get(wanted)
             if matcher is not None:
                 self._compiled.move_to_end(wanted)
         if matcher is None:
+            self._tokens()  # takes seconds the first time, whatever is asked for
             matcher = self._compile_in_time(wanted)
             with self._lock:
                 self._compiled[wanted] = matcher
@@ -61,7 +65,7 @@ class Guidance:
         constraint = GrammarConstraint(own, self._tokenizer.vocab_size)
         if constraint.finished:
             raise _refusal(wanted, "no text of this model's tokens matches it")
-        return constraint
+        return constraint if marker is None else AfterMarker(constraint, marker.encode(), self._tokenizer)
 
     def _compile_in_time(self, wanted: StructuredOutputs) -> LLMatcher:
         if not self._compiles.acquire(timeout=self._timeout_s):
@@ -150,6 +154,42 @@ class GrammarConstraint:
     def _failure(self) -> RequestError:
         problem = self._matcher.get_error().splitlines()[0]
         return RequestError(f"the grammar cannot go on: {problem}", field="structured_outputs")
+
+
+class AfterMarker:
+    """Free text up to a marker, then what ``constraint`` says. The text does not end before the marker."""
+
+    def __init__(self, constraint: Constraint, marker: bytes, tokenizer: Tokenizer) -> None:
+        self._constraint, self._marker, self._tokenizer = constraint, marker, tokenizer
+        mask = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
+        mask[list(tokenizer.stop_ids)] = False
+        self._free_mask = cast("torch.BoolTensor", mask)
+        self._tail = b""  # the last bytes of the free text
+        self._found = False
+
+    def allowed_mask(self) -> torch.BoolTensor | None:
+        return self._constraint.allowed_mask() if self._found else self._free_mask
+
+    def accept(self, token_id: int) -> None:
+        """Take in the chosen token.
+
+        Raises:
+            RequestError: one token ends the marker and begins what follows; or as `constraint` does.
+        """
+        if self._found:
+            self._constraint.accept(token_id)
+            return
+        text = self._tail + self._tokenizer.token_bytes(token_id)
+        before, found, rest = text.partition(self._marker)
+        if found and rest.strip():
+            problem = f"a token holds {self._marker!r} and what follows it"
+            raise RequestError(problem, field="structured_outputs.after")
+        self._found = bool(found)
+        self._tail = before[-len(self._marker) :]
+
+    @property
+    def finished(self) -> bool:
+        return self._found and self._constraint.finished
 
 
 def _grammar(wanted: StructuredOutputs) -> str:

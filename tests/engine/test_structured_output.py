@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from functools import partial
 
 import jsonschema
 import pytest
@@ -161,6 +162,32 @@ def test_end_tokens_only_where_the_grammar_ends(llm):
     assert constraint.allowed_mask()[ends].all() and not constraint.finished
     assert constraint.allowed_mask().sum() == len(ends) + 1
     constraint.accept(llm.tokenizer.token_id("b"))
+    assert constraint.finished
+
+
+def test_free_text_before_a_marker(llm):
+    wanted = StructuredOutputs(choice=["yes", "no"], after="\n\n")
+    params = [SamplingParams(structured_outputs=wanted, seed=seed, max_tokens=200) for seed in range(8)]
+    for output in llm.generate([PROMPTS[0]] * 8, params, use_tqdm=False):
+        reasoning, marker, answer = output.outputs[0].text.partition("\n\n")
+        assert reasoning and marker and answer in ("yes", "no")
+        assert output.outputs[0].finish_reason == "stop"
+
+
+def test_the_marker_may_be_spread_over_tokens(llm):
+    encode = partial(llm.tokenizer.encode, add_special=False)
+    constraint = Guidance(llm.tokenizer)(StructuredOutputs(choice=["a"], after="</think>"))
+    ends = sorted(llm.tokenizer.stop_ids)
+    for text in ("It is < and </think ", "<", "/think", ">", "\n"):
+        for token_id in encode(text):
+            assert not constraint.finished
+            mask = constraint.allowed_mask()
+            if text == "\n":
+                assert mask.nonzero().flatten().tolist() == encode("a")
+                continue
+            assert mask[token_id] and not mask[ends].any()
+            constraint.accept(token_id)
+    constraint.accept(encode("a")[0])
     assert constraint.finished
 
 

@@ -62,3 +62,63 @@ def browser(chromium, server):
         line["message"] for line in chromium.get_log("browser") if "status of 4" not in line["message"]
     ]
     assert not complaints
+
+
+@pytest.fixture
+def page(browser, server):
+    return Page(browser, server)
+
+
+class Page:
+    """What a user does and sees."""
+
+    def __init__(self, browser, server):
+        self.browser, self.server = browser, server
+        self.wait_for(lambda: self.text("#model-name") == "demo-model")
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return self.browser.find_element("css selector", selector)
+
+    def text(self, selector):
+        return self.one(selector).get_property("textContent")
+
+    def click(self, selector):
+        self.one(selector).click()
+
+    def point_at(self, selector):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.browser).move_to_element(self.one(selector)).perform()
+
+    def button(self, text, inside="body"):
+        return next(b for b in self.all(f"{inside} button") if b.get_property("textContent") == text)
+
+    def type(self, text):
+        self.one("#prompt").send_keys(text)
+
+    def run(self, script):
+        return self.browser.execute_script(script)
+
+    def wait_for(self, condition, seconds=30):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.browser, seconds, 0.02).until(lambda _: condition())
+
+    def say(self, text):
+        """Send with the Enter key and wait for the end of the answer."""
+        from selenium.webdriver.common.keys import Keys
+
+        before = len(self.server.requests)
+        self.type(text + Keys.ENTER)
+        self.wait_for(lambda: len(self.server.requests) > before)
+        self.wait_idle()
+
+    def wait_idle(self):
+        self.wait_for(lambda: self.one("#send").get_attribute("aria-label") == "Send")
+
+    @property
+    def texts(self):
+        return [each.get_property("textContent") for each in self.all("article .text")]
