@@ -124,6 +124,11 @@ class CpuBackend(Backend):
             torch.zeros(shape, dtype=_CACHE_DTYPES[fmt], device=_HOST), fmt, num_blocks, latent_dim, rope_dim
         )
 
+    def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
+        blocks = cache.data.view(cache.num_blocks, BLOCK_SIZE, -1)
+        for source, target in pairs:
+            blocks[target].copy_(blocks[source])
+
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.is_cpu else x.to(self.device)
 

@@ -50,7 +50,7 @@ class Turns:
         self._prompt_s, self._used_up = 0.0, False
 
     def start_prompt(self, num_tokens: int, *, limited: bool) -> None:
-        """Layers of ``num_tokens`` of prompts begin or go on; ``limited``: texts wait for their next token."""
+        """Layers of ``num_tokens`` of prompts begin; ``limited``: texts wait for their next token."""
         self._num_tokens, self._limited, self._looked = num_tokens, limited, time.perf_counter()
 
     def prompt_is_over(self) -> bool:
@@ -63,6 +63,6 @@ class Turns:
         return self._used_up
 
     def _allowed_s(self) -> float:
-        """Times what a decode step usually takes: the lower quartile, since caches are cold after a prompt."""
+        """From what a decode step usually takes: the lower quartile, since a prompt leaves caches cold."""
         steps = sorted(self._decode_s)
         return PROMPT_TIME * steps[len(steps) // 4] if steps else 0.0
