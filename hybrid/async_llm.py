@@ -15,7 +15,7 @@ from hybrid.engine.load import LoadOptions, load
 from hybrid.engine.prompts import Prompt, parse_prompt
 from hybrid.engine.requests import Requests
 from hybrid.engine.stats import EngineStats
-from hybrid.engine.thread import Event, PromptProgress, Request
+from hybrid.engine.thread import Event, PromptProgress, QueueLimits, Request
 from hybrid.outputs import RequestOutput
 from hybrid.placement.planner import Plan
 from hybrid.placement.rules import Rules
@@ -61,13 +61,9 @@ class AsyncLLM:
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens,
         )  # fmt: skip
+        limits = QueueLimits(max_queue, max_queue_wait_s)
         self._loaded = load(model, options, progress)
-        self._requests = Requests(
-            self._loaded.engine,
-            self._loaded.tokenizer,
-            max_queue=max_queue,
-            max_queue_wait_s=max_queue_wait_s,
-        )
+        self._requests = Requests(self._loaded.engine, self._loaded.tokenizer, limits)
         self._preparing = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="hybrid-prepare")
 
     @property

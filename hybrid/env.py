@@ -108,6 +108,22 @@ def positive(text: str) -> float:
     return value
 
 
+def port(text: str) -> int:
+    """A parser of TCP ports; 0 asks for a free one."""
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise ValueError
+    return value
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A parser of comma-separated names without spaces."""
+    found = tuple(item.strip() for item in text.split(","))
+    if any(not name or len(name.split()) != 1 for name in found):
+        raise ValueError
+    return found
+
+
 @dataclass(frozen=True)
 class EnvVar:
     """One variable: how to parse it, and what to tell people about it."""
@@ -120,6 +136,8 @@ class EnvVar:
 _SWITCH = "1 or 0"
 _NUMBER = "a number"
 _COUNT = "an integer >= 1"
+_SECONDS = "a number of seconds > 0"
+_LENGTHS = "N, LOW-HIGH or normal:MEAN,DEVIATION"
 
 VARIABLES: dict[str, EnvVar] = {
     # Models and the machine.
@@ -231,6 +249,44 @@ VARIABLES: dict[str, EnvVar] = {
     ),
     "HYBRID_SYNTH_HEADER_ONLY": EnvVar(boolean, _SWITCH, "write the header without data, for planning"),
     "HYBRID_SYNTH_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
+    # Serving.
+    "HYBRID_HOST": EnvVar(str, "an address", "address to listen on"),
+    "HYBRID_PORT": EnvVar(port, "a port, 0 to 65535", "port to listen on; 0 = a free one"),
+    "HYBRID_API_KEY": EnvVar(str, "a text", "key that requests must have; may be given again"),
+    "HYBRID_ALIAS": EnvVar(
+        names, "names, as in deepseek,default", "names of the model in requests (default: the file's)"
+    ),
+    "HYBRID_ALLOWED_HOSTS": EnvVar(
+        names, "names, as in box.lan,box", "host names to answer to without a key, besides this machine's"
+    ),
+    "HYBRID_CORS_ORIGINS": EnvVar(
+        names, "origins, as in https://chat.example", "web pages that may call this server"
+    ),
+    "HYBRID_KV_CACHE_TOKENS": EnvVar(
+        integer(1), _COUNT, "tokens the cache holds for all requests (default: --parallel contexts)"
+    ),
+    "HYBRID_MAX_QUEUE": EnvVar(integer(0), "an integer >= 0", "requests that may wait; one more gets 429"),
+    "HYBRID_QUEUE_TIMEOUT": EnvVar(
+        positive, _SECONDS, "seconds a request may wait to be begun (default: no limit)"
+    ),
+    "HYBRID_MAX_BODY": EnvVar(n_bytes, "a size, as in 8MiB", "largest body of a request"),
+    "HYBRID_HEADER_TIMEOUT": EnvVar(positive, _SECONDS, "seconds in which a request's headers must arrive"),
+    "HYBRID_BODY_TIMEOUT": EnvVar(positive, _SECONDS, "seconds in which its body must arrive"),
+    "HYBRID_SEND_TIMEOUT": EnvVar(positive, _SECONDS, "seconds a client may take nothing of its answer"),
+    "HYBRID_SHUTDOWN_TIMEOUT": EnvVar(
+        positive, _SECONDS, "seconds that requests may go on after the first SIGTERM or Ctrl-C"
+    ),
+    "HYBRID_LOG_PROMPTS": EnvVar(boolean, _SWITCH, "write prompts to the log"),
+    # Loading a server.
+    "HYBRID_URL": EnvVar(str, "an address, as in http://127.0.0.1:8000", "the server to measure"),
+    "HYBRID_CLIENTS": EnvVar(integer(1), _COUNT, "requests under way at once"),
+    "HYBRID_REQUESTS": EnvVar(integer(1), _COUNT, "requests in all"),
+    "HYBRID_RATE": EnvVar(positive, _NUMBER, "requests begun a second, at random times (default: no pause)"),
+    "HYBRID_PROMPT_TOKENS": EnvVar(str, _LENGTHS, "prompt lengths: N, LOW-HIGH, or normal:MEAN,DEVIATION"),
+    "HYBRID_OUTPUT_TOKENS": EnvVar(str, _LENGTHS, "answer lengths: N, LOW-HIGH, or normal:MEAN,DEVIATION"),
+    "HYBRID_SHARED_PREFIX": EnvVar(integer(0), "an integer >= 0", "tokens that all prompts begin with"),
+    "HYBRID_REQUEST_TIMEOUT": EnvVar(positive, _SECONDS, "seconds for one request"),
+    "HYBRID_ALLOW_REMOTE": EnvVar(boolean, _SWITCH, "load a server on another machine"),
     # Every command.
     "HYBRID_LOG_LEVEL": EnvVar(
         one_of("debug", "info", "warning", "error"),

@@ -86,6 +86,10 @@ class Backend(ABC):
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``latent_dim + rope_dim``."""
 
+    def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
+        """Copies blocks of a layer's cache, each from the first to the second of a pair."""
+        raise NotImplementedError(f"{self.describe()} copies no cache blocks")
+
     @abstractmethod
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, copied to this device unless it is there already."""

@@ -125,6 +125,11 @@ class CpuBackend(Backend):
         data = torch.zeros(n_bytes // dtype.itemsize, dtype=dtype, device=_HOST)
         return LatentCache(data, fmt, num_blocks, latent_dim, rope_dim)
 
+    def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
+        blocks = cache.data.view(cache.num_blocks, BLOCK_SIZE, -1)
+        for source, target in pairs:
+            blocks[target].copy_(blocks[source])
+
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.is_cpu else x.to(self.device)
 

@@ -88,6 +88,11 @@ class FakeBackend(Backend):
         rows = torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=_CACHE_DTYPES[fmt])
         return FloatCache(rows, fmt)
 
+    def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
+        blocks = cache.view(-1, BLOCK_SIZE, cache.shape[1])
+        for source, target in pairs:
+            blocks[target].copy_(blocks[source])
+
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device)
 

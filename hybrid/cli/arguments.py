@@ -217,20 +217,20 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
     with byte_progress("loading") as show:
         from hybrid.llm import LLM
 
-        return LLM(
-            args.model,
-            rules,
-            args.ctx_size,
-            num_threads=args.threads,
-            isa=args.isa,
-            kv_format=args.kv_format,
-            progress=show,
-            ram_bytes=args.ram,
-            fit=args.fit,
-            experts_per_token=args.experts_per_token,
-            expert_threshold=args.expert_threshold,
-            **options,
-        )
+        return LLM(args.model, rules, args.ctx_size, progress=show, **runtime_options(args), **options)
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `LLM` and `AsyncLLM` that the flags of `add_runtime` give."""
+    return {
+        "num_threads": args.threads,
+        "isa": args.isa,
+        "kv_format": args.kv_format,
+        "ram_bytes": args.ram,
+        "fit": args.fit,
+        "experts_per_token": args.experts_per_token,
+        "expert_threshold": args.expert_threshold,
+    }
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

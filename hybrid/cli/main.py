@@ -22,12 +22,14 @@ from hybrid.errors import CapacityError, ConfigError, HybridError, RequestError
 COMMANDS = {
     "run": "hybrid.cli.run",
     "chat": "hybrid.cli.chat",
+    "serve": "hybrid.cli.serve",
     "plan": "hybrid.cli.plan",
     "rules": "hybrid.cli.rules",
     "inspect": "hybrid.cli.inspect",
     "bench": "hybrid.cli.bench",
     "perplexity": "hybrid.cli.perplexity",
     "bench-kernels": "hybrid.cli.bench_kernels",
+    "bench-serve": "hybrid.cli.bench_serve",
     "synth": "hybrid.cli.synth",
     "doctor": "hybrid.cli.doctor",
 }

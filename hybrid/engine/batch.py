@@ -22,6 +22,11 @@ class ScheduledSequence:
         """Whether a token is chosen after them: no uncomputed one is left."""
         return self.num_new_tokens == self.sequence.num_uncomputed_tokens
 
+    @property
+    def samplers(self) -> list[Sequence]:
+        """Sequences that choose a token after them: with the prompt's last, all texts of the request."""
+        return [self.sequence, *self.sequence.siblings] if self.samples else []
+
 
 @dataclass(eq=False)
 class Batch:
@@ -39,6 +44,10 @@ class Batch:
     steps: Generator[None, None, torch.Tensor] | None = None
 
     @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.items)
+
+    @property
     def samplers(self) -> list[Sequence]:
         """Sequences that get a token, in the order of the batch."""
-        return [item.sequence for item in self.items if item.samples]
+        return [sequence for item in self.items for sequence in item.samplers]

@@ -127,6 +127,7 @@ class Engine:
         if sampled is None:
             return []
         outputs = self.scheduler.postprocess(batch, sampled)
+        self._copy_blocks()
         for output in outputs:
             self._close_ended(output)
         return outputs
@@ -172,6 +173,11 @@ class Engine:
         self._open.clear()
         self.scheduler.reset()
         self.model.close()
+
+    def _copy_blocks(self) -> None:
+        if self.scheduler.copies:
+            self.model.copy_blocks(self.scheduler.copies)
+            self.scheduler.copies = []
 
     def _must_pause(self) -> bool:
         time_is_up = self.scheduler.turns.prompt_is_over()

@@ -31,6 +31,9 @@ class CausalLM(Protocol):
     def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
         """`forward`, yielding after each layer: other batches may be computed in between."""
 
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy cache blocks in all layers, each from the first to the second of a pair."""
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 ``[n, hidden] -> [n, vocab]``."""
 
@@ -53,21 +56,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, must_pause: Callable[[], bool]) -> torch.Tensor | None:
-        """Logits float32 ``[n, vocab]`` for the ``n`` sequences that sample, in batch order.
+        """Logits float32 ``[n, vocab]`` for the ``n`` sequences of ``batch.samplers``.
 
         A batch of prompts may pause after each layer: then the result is ``None``, and running the same batch
         goes on from there. Log-probabilities of prompt positions go to their sequence's builder.
         """
         if batch.decodes:
-            return self.model.decode(*prepare(batch.items))
+            return _for_siblings(self.model.decode(*prepare(batch.items)), batch.items)
         steps = batch.steps or self._prompt_steps(batch.items)
         batch.steps = None  # what fails begins anew
         while True:
             try:
                 next(steps)
             except StopIteration as done:
-                logits: torch.Tensor = done.value
-                return logits
+                return _for_siblings(done.value, batch.items)
             if must_pause():
                 batch.steps = steps
                 return None
@@ -96,6 +98,14 @@ class ModelRunner:
         for first in range(0, len(wanted), LOGITS_ROWS):
             builder.add(start + first, self.model.compute_logits(wanted[first : first + LOGITS_ROWS]))
             yield
+
+
+def _for_siblings(logits: torch.Tensor, items: list[ScheduledSequence]) -> torch.Tensor:
+    """From a row for each item that samples to one for each of its samplers."""
+    counts = [len(item.samplers) for item in items if item.samples]
+    if len(logits) == sum(counts):
+        return logits
+    return logits.repeat_interleave(torch.tensor(counts), 0)
 
 
 def prepare(scheduled: list[ScheduledSequence]) -> tuple[torch.Tensor, AttentionBatch]:

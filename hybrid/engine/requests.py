@@ -14,7 +14,7 @@ from hybrid.engine.engine import Engine
 from hybrid.engine.output_processor import RequestState
 from hybrid.engine.prompts import ParsedPrompt
 from hybrid.engine.stats import EngineStats
-from hybrid.engine.thread import EngineThread, Event, PromptProgress, Request
+from hybrid.engine.thread import EngineThread, Event, PromptProgress, QueueLimits, Request
 from hybrid.errors import RequestError
 from hybrid.outputs import RequestOutput
 from hybrid.sampling_params import SamplingParams
@@ -24,20 +24,18 @@ from hybrid.tokenizer import Tokenizer
 class Requests:
     """Requests to an engine that runs on a thread of its own. Any thread may use it.
 
-    Limits are those of `EngineThread`. When it is dropped, or the program ends, it closes itself.
+    When it is dropped, or the program ends, it closes itself.
     """
 
     def __init__(
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        *,
-        max_queue: int | None = None,
-        max_queue_wait_s: float | None = None,
+        limits: QueueLimits | None = None,
     ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._ids = itertools.count()
-        self._thread = EngineThread(engine, max_queue, max_queue_wait_s)
+        self._thread = EngineThread(engine, limits or QueueLimits())
         weakref.finalize(self, self._thread.close)
 
     @property
@@ -63,6 +61,8 @@ class Requests:
             raise RequestError(
                 "invalid type", field="sampling_params", expected="SamplingParams", found=params
             )
+        if request_id is not None and not isinstance(request_id, str):
+            raise RequestError("invalid type", field="request_id", expected="a string", found=request_id)
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
         sequence = self._engine.prepare(request_id, prompt.token_ids, params)

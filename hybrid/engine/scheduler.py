@@ -39,7 +39,8 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks)
         self.waiting: list[Sequence] = []  # in the order they came, as are
         self.running: list[Sequence] = []
-        self.prompt: Batch | None = None  # begun, or about to
+        self.prompt: Batch | None = None  # begun
+        self.copies: list[tuple[int, int]] = []  # of blocks, to be made before the next step
         self.turns = Turns()
         self.counters = Counters()
 
@@ -50,11 +51,11 @@ class Scheduler:
         """A token for each text that is written, or a piece of prompts; they take turns."""
         self._admit()
         writing = [item for sequence in list(self.running) for item in self._next_token(sequence)]
-        if self.prompt is None:
-            self.prompt = self._next_prompts()
-        if self.prompt is not None and (not writing or self.turns.prompt_is_next):
-            self.turns.start_prompt(limited=bool(writing))
-            return self.prompt
+        if not writing or self.turns.prompt_is_next:
+            self.prompt = self.prompt or self._next_prompts(limited=bool(writing))
+            if self.prompt is not None:
+                self.turns.start_prompt(self.prompt.num_tokens, limited=bool(writing))
+                return self.prompt
         return Batch(writing, decodes=True) if writing else None
 
     def _admit(self) -> None:
@@ -73,13 +74,16 @@ class Scheduler:
             self._start(sequence, len(found) * BLOCK_SIZE)
 
     def _start(self, sequence: Sequence, num_found_tokens: int) -> None:
-        sequence.status, sequence.num_computed_tokens = Status.RUNNING, num_found_tokens
-        sequence.num_published_blocks = num_found_tokens // BLOCK_SIZE
         if sequence.started is None:
             sequence.started = time.perf_counter()
             sequence.num_cached_tokens = num_found_tokens
             self.counters.prefix_cache_queries += sequence.num_prompt_tokens
             self.counters.prefix_cache_hits += num_found_tokens
+        self._run(sequence, num_found_tokens)
+
+    def _run(self, sequence: Sequence, num_computed_tokens: int) -> None:
+        sequence.status, sequence.num_computed_tokens = Status.RUNNING, num_computed_tokens
+        sequence.num_published_blocks = num_computed_tokens // BLOCK_SIZE
         self.running.append(sequence)
         self.running.sort(key=_arrival)
 
@@ -102,13 +106,18 @@ class Scheduler:
         self.counters.num_preemptions_total += 1
         return last is not needs
 
-    def _next_prompts(self) -> Batch | None:
-        """Pieces of prompts for ``max_num_batched_tokens``: at least half for the first, so that it is soon
-        done, the rest for those behind it, so that a long one does not keep short ones waiting."""
+    def _next_prompts(self, *, limited: bool) -> Batch | None:
+        """Pieces of prompts for ``max_num_batched_tokens``, or fewer while texts are written.
+
+        At least half are for the first, so that it is soon done, the rest for those behind it, so that a long
+        one does not keep short ones waiting.
+        """
         prompts = [s for s in self.running if s.num_uncomputed_tokens and not s.writes]
         if not prompts:
             return None
         budget = self.config.max_num_batched_tokens
+        if limited:
+            budget = self.turns.piece(budget)
         others = min(sum(s.num_uncomputed_tokens for s in prompts[1:]), budget // 2)
         pieces = [min(prompts[0].num_uncomputed_tokens, budget - others)]
         budget -= pieces[0]
@@ -141,17 +150,27 @@ class Scheduler:
         chosen = iter(sampled)
         for item in batch.items:
             sequence = item.sequence
-            token = next(chosen) if item.samples else None
+            tokens = [next(chosen) for _ in item.samplers]
             if sequence.status is Status.FINISHED:  # it was aborted while its prompt was computed
                 continue
             sequence.num_computed_tokens += item.num_new_tokens
             self._publish(sequence)
-            if token is not None:
-                outputs.append(_appended(sequence, token))
-                self.counters.generation_tokens_total += isinstance(outputs[-1], TokenOutput)
-                self._release_siblings(sequence)
-                if isinstance(outputs[-1], FailedRequest) or outputs[-1].finish_reason is not None:
-                    self.finish(sequence)
+            if tokens:
+                outputs += self._append(sequence, tokens)
+        return outputs
+
+    def _append(
+        self, sequence: Sequence, tokens: list[SampledToken | FailedSample]
+    ) -> list[TokenOutput | FailedRequest]:
+        """Give a sequence, and siblings that begin now, a token each."""
+        texts, sequence.siblings = [sequence, *sequence.siblings], []
+        for text in texts[1:]:
+            self._fork(sequence, text)
+        outputs = [_appended(text, token) for text, token in zip(texts, tokens, strict=True)]
+        for text, output in zip(texts, outputs, strict=True):
+            if isinstance(output, FailedRequest) or output.finish_reason is not None:
+                self.finish(text)
+        self.counters.generation_tokens_total += sum(isinstance(o, TokenOutput) for o in outputs)
         return outputs
 
     def _publish(self, sequence: Sequence) -> None:
@@ -162,10 +181,23 @@ class Scheduler:
             self.pool.publish(sequence.block_table[index], keys[index])
         sequence.num_published_blocks = len(keys)
 
-    def _release_siblings(self, sequence: Sequence) -> None:
-        """Other texts of the same prompt begin: they find its blocks, and compute what is left of it."""
-        self._wait([sibling for sibling in sequence.siblings if sibling.status is Status.WAITING])
-        sequence.siblings = []
+    def _fork(self, sequence: Sequence, text: Sequence) -> None:
+        """Let another text of a computed prompt begin: at once, sharing its full blocks and copying the last
+        one, or, without a place or a block, later, computing what is not in the cache by then."""
+        text.started, text.num_cached_tokens = sequence.started, sequence.num_cached_tokens
+        num_full, num_more = divmod(sequence.num_computed_tokens, BLOCK_SIZE)
+        if (
+            len(self.running) == self.config.max_num_seqs
+            or (num_more > 0) + len(self.running) > self.pool.num_free
+        ):
+            self._wait([text])
+            return
+        text.block_table = sequence.block_table[:num_full]
+        self.pool.share(text.block_table)
+        if num_more:
+            self.pool.grow(text.block_table, sequence.num_computed_tokens)
+            self.copies.append((sequence.block_table[num_full], text.block_table[num_full]))
+        self._run(text, sequence.num_computed_tokens)
 
     def _wait(self, sequences: list[Sequence]) -> None:
         """Let sequences wait that came before some that wait already."""

@@ -18,7 +18,7 @@ from hybrid.engine.engine import Engine
 from hybrid.engine.output_processor import RequestState
 from hybrid.engine.sequence import FailedRequest, Sequence, TokenOutput
 from hybrid.engine.stats import EngineStats
-from hybrid.errors import EngineError, QueueFullError, QueueTimeoutError, RequestError
+from hybrid.errors import ConfigError, EngineError, QueueFullError, QueueTimeoutError, RequestError
 from hybrid.outputs import RequestOutput
 
 
@@ -32,6 +32,29 @@ class PromptProgress:
 
 # The last event of a request is an output that is finished, or an error.
 Event = RequestOutput | PromptProgress | BaseException
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """How many requests may wait, and how long.
+
+    Attributes:
+        max_queue: requests that may wait beyond those the engine runs at once; ``None``: any number.
+        max_queue_wait_s: a request that waits longer ends with `QueueTimeoutError`; ``None``: never.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    max_queue: int | None = None
+    max_queue_wait_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_queue is not None and (type(self.max_queue) is not int or self.max_queue < 0):
+            raise ConfigError(f"max_queue: expected an integer >= 0, found {self.max_queue!r}")
+        wait_s = self.max_queue_wait_s
+        if wait_s is not None and (type(wait_s) not in (int, float) or not wait_s > 0):
+            raise ConfigError(f"max_queue_wait_s: expected seconds above 0, found {wait_s!r}")
 
 
 class Request:
@@ -57,22 +80,17 @@ class Request:
 class EngineThread:
     """Runs ``engine`` until `close`.
 
-    Args:
-        max_queue: requests that may wait beyond those the engine runs at once; ``None``: any number.
-        max_queue_wait_s: a request that waits longer ends with `QueueTimeoutError`; ``None``: never.
-
     Attributes:
         errored: what ended the engine; ``None`` while it works.
     """
 
-    def __init__(
-        self, engine: Engine, max_queue: int | None = None, max_queue_wait_s: float | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, limits: QueueLimits) -> None:
         self.errored: BaseException | None = None
-        self._engine, self._max_queue, self._max_queue_wait_s = engine, max_queue, max_queue_wait_s
+        self._engine, self._limits = engine, limits
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: dict[str, Request] = {}
-        self._lock = threading.Lock()  # taken to add to _open, to set errored and to close
+        # Taken to add to _open, to set errored and to close; a finaliser may close while it is held.
+        self._lock = threading.RLock()
         self._closed = False
         engine.interrupted = self._has_commands
         self._thread = threading.Thread(target=self._run, name="hybrid-engine", daemon=True)
@@ -93,7 +111,7 @@ class EngineThread:
                 raise RequestError(
                     "invalid id", field="request_id", expected=expected, found=request.request_id
                 )
-            limit = self._max_queue
+            limit = self._limits.max_queue
             if limit is not None and len(self._open) >= self._engine.config.max_num_seqs + limit:
                 raise QueueFullError(self._num_waiting())
             self._open[request.request_id] = request
@@ -204,13 +222,14 @@ class EngineThread:
                 )
 
     def _drop_late(self) -> None:
-        if self._max_queue_wait_s is None:
+        longest_s = self._limits.max_queue_wait_s
+        if longest_s is None:
             return
         now = time.perf_counter()
         late = [
             request
             for request in self._open.values()
-            if request.waits and now - request.sequence.arrived > self._max_queue_wait_s
+            if request.waits and now - request.sequence.arrived > longest_s
         ]
         for request in late:
             self._engine.abort_request(request.request_id)

@@ -56,6 +56,9 @@ class MLAAttention:
         shape = self.shape
         self.cache = self.backend.allocate_latent_cache(num_blocks, shape.kv_lora_rank, shape.rope_dim, fmt)
 
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        self.backend.copy_cache_blocks(self.cache, pairs)
+
     def __call__(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         backend, w, shape = self.backend, self.weights, self.shape
         x = backend.receive(x)

@@ -69,6 +69,10 @@ class DeepseekForCausalLM:
         for layer in self.layers:
             layer.attention.allocate_cache(num_blocks, fmt)
 
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        for layer in self.layers:
+            layer.attention.copy_blocks(pairs)
+
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         return run_layers(self.forward_layers(token_ids, batch))
 

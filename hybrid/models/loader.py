@@ -80,6 +80,10 @@ class Model:
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
         return steps
 
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies cache blocks in all layers, each from the first to the second of a pair."""
+        self._network.copy_blocks(pairs)
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]``."""
         logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())

@@ -31,7 +31,7 @@ class MockModel:
 
     def __init__(self, vocab_size: int = VOCAB) -> None:
         self.config = MockConfig(vocab_size)
-        self.num_computed = 0
+        self.num_computed = self.num_copied = 0
         self.trace: list[str] = []  # "layer" of a prompt, "decode"
         self.batches: list[list[int]] = []
         self.closed = False
@@ -72,6 +72,12 @@ class MockModel:
             positions = batch.positions[start:stop].tolist()
             rows += [hash(self.history(batch, s, position)) % 2**20 for position in positions]
         return torch.tensor(rows, dtype=torch.float32)[:, None]
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        blocks = self.cache.view(-1, BLOCK_SIZE)
+        for source, target in pairs:
+            blocks[target] = blocks[source]
+        self.num_copied += len(pairs)
 
     def history(self, batch: AttentionBatch, s: int, position: int) -> tuple[int, ...]:
         places = range(position + 1)

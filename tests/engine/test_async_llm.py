@@ -149,6 +149,40 @@ def test_cancelled_before_it_is_queued(make_llm):
     asyncio.run(main())
 
 
+def test_several_texts_of_a_prompt(make_llm):
+    async def main():
+        llm = make_llm(max_num_seqs=4)
+        params = SamplingParams(n=3, seed=5, max_tokens=9, stop=" 7")
+        texts, ends, events = ["", "", ""], [None] * 3, []
+        async for output in llm.generate("3 1 4", params):
+            for completion in output.outputs:
+                texts[completion.index] += completion.text
+                ends[completion.index] = completion.finish_reason
+            events.append(output.finished)
+        assert events == [False] * (len(events) - 1) + [True]
+        assert None not in ends
+        assert len(set(texts)) == 3
+        text, _, _ = await collect(llm.generate("3 1 4", SamplingParams(seed=5, max_tokens=9, stop=" 7")))
+        assert text == texts[0]
+        await idle(llm)
+
+    asyncio.run(main())
+
+
+def test_aborting_ends_all_texts(make_llm):
+    async def main():
+        llm = make_llm(max_num_seqs=2, seconds=0.005)
+        generator = llm.generate("3 1 4", SamplingParams(n=3, temperature=0, ignore_eos=True), "a")
+        await anext(generator)
+        await llm.abort("a")
+        *_, last = [output async for output in generator]
+        assert last.finished
+        assert [(c.index, c.finish_reason) for c in last.outputs] == [(i, "abort") for i in range(3)]
+        await idle(llm)
+
+    asyncio.run(main())
+
+
 def test_abort_by_id(make_llm):
     async def main():
         llm = make_llm(seconds=0.005, max_model_len=4000)

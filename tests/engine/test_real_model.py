@@ -112,6 +112,12 @@ def test_several_texts_of_a_prompt(tiny, reference):
         output = text_of(llm, PROMPT["prompt_token_ids"], params)
         stats = llm.stats()
     assert_same_bits(output, reference)
+    with LLM(tiny, max_model_len=256, num_threads=2, max_num_seqs=1) as llm:
+        one_by_one = text_of(llm, PROMPT["prompt_token_ids"], params)
+    for found, expected in zip(output.outputs, one_by_one.outputs, strict=True):
+        assert found.token_ids == expected.token_ids
+        for a, b in zip(found.logprobs, expected.logprobs, strict=True):
+            np.testing.assert_array_equal(a.row, b.row)
     assert [completion.index for completion in output.outputs] == [0, 1, 2, 3]
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 4
     assert output.metrics.num_generated_tokens == 48

@@ -241,29 +241,31 @@ def test_log_probabilities_of_a_prompt_compute_it_all(make_engine, run_engine):
 def test_random_traffic_with_a_small_cache_gives_the_plain_text(make_engine):
     """Shared beginnings, aborts and too little memory, all at once."""
     rng = random.Random(5)
-    engine = make_engine(max_num_seqs=5, max_num_batched_tokens=48, max_model_len=256, kv_cache_tokens=448)
+    engine = make_engine(max_num_seqs=5, max_num_batched_tokens=48, max_model_len=256, kv_cache_tokens=320)
     stems = [prompt_of(130, seed) for seed in range(3)]
     outputs, prompts, added = {}, {}, 0
     while added < 60 or engine.has_unfinished_requests():
         stop = rng.random() < 0.5
         engine.interrupted = lambda stop=stop: stop
-        if added < 60 and rng.random() < 0.3:
+        if added < 60 and rng.random() < 0.6:
             name = str(added)
             prompts[name] = rng.choice(stems)[: rng.randrange(1, 130)] + prompt_of(
                 rng.randrange(1, 40), added
             )
-            params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 80))
+            params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 150), n=rng.choice([1, 1, 3]))
             engine.add_request(name, prompts[name], params)
             outputs[name], added = [], added + 1
         for output in engine.step():
             outputs[output.request_id].append(output)
-        if rng.random() < 0.02 and outputs:
+        if rng.random() < 0.01 and outputs:
             engine.abort_request(rng.choice(list(outputs)))
     assert all_free(engine)
     assert engine.scheduler.counters.num_preemptions_total > 0
     assert engine.scheduler.counters.prefix_cache_hits > 0
     for name, found in outputs.items():
-        assert ids(found) == reference(engine.model, prompts[name], len(found))
+        for index in range(3):
+            text = ids(found, index)
+            assert text == reference(engine.model, prompts[name], len(text))
 
 
 # --- several texts of one prompt ---------------------------------------------------------------
@@ -277,11 +279,32 @@ def test_several_texts_share_the_prompt(make_engine, run_engine):
     texts = [ids(outputs, index) for index in range(3)]
     assert [len(text) for text in texts] == [10, 10, 10]
     assert len({tuple(text) for text in texts}) == 3
-    assert engine.model.num_computed == 150 + 2 * (150 - 128) + 3 * 9
+    assert (engine.model.num_computed, engine.model.num_copied) == (150 + 3 * 9, 2)
     alone = run_engine(make_engine(), {"a": (prompt, SamplingParams(seed=7, max_tokens=10))})["a"]
     assert ids(alone) == texts[0]
-    narrow = run_engine(make_engine(max_num_seqs=1), {"a": (prompt, params)})["a"]
-    assert [ids(narrow, index) for index in range(3)] == texts
+    narrow = make_engine(max_num_seqs=1)
+    outputs = run_engine(narrow, {"a": (prompt, params)})["a"]
+    assert [ids(outputs, index) for index in range(3)] == texts
+    assert (narrow.model.num_computed, narrow.model.num_copied) == (150 + 2 * (150 - 128) + 3 * 9, 0)
+    assert all_free(engine)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128])
+def test_texts_begin_apart_wherever_the_prompt_ends(make_engine, run_engine, length):
+    params = SamplingParams(n=3, seed=1, max_tokens=70)
+    prompt = prompt_of(length)
+    engine = make_engine(max_num_seqs=3)
+    outputs = run_engine(engine, {"a": (prompt, params)})["a"]
+    for index in range(3):
+        tokens = list(prompt)
+        for output in (output for output in outputs if output.index == index):
+            logits = engine.model.reference_logits(tokens)
+            chosen = output.sampled.token_id
+            assert float(logits[chosen]) > float(logits.max()) - 15  # the text follows from its own tokens
+            tokens.append(chosen)
+        alone = make_engine(max_num_seqs=1)
+        assert ids(run_engine(alone, {"a": (prompt, params)})["a"], index) == tokens[length:]
+    assert engine.model.num_copied == (2 if length % BLOCK_SIZE else 0)
     assert all_free(engine)
 
 
