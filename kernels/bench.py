@@ -78,13 +78,14 @@ def bench_kernels(
     formats: Sequence[str] = (),
     tokens: Sequence[int] = TOKENS,
 ) -> Iterator[KernelResult]:
-    """Results of the current ISA's rows, all of them or those of ``formats``.
+    """Results of the rows that the current ISA computes with, all of them or those of ``formats``.
 
     Raises:
         KernelError: a row fails its check.
     """
     for row in cpu.kernel_rows():
-        if row["isa"] == cpu.current_isa() and (not formats or row["format"] in formats):
+        chosen = row["name"] == cpu.kernel_name(row["ggml_type"], cpu.current_isa())
+        if chosen and (not formats or row["format"] in formats):
             yield from _bench_row(pool, limits, row, random_rows, tokens)
 
 

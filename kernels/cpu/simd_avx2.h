@@ -9,7 +9,7 @@
 
 namespace {
 
-struct V {
+struct Avx2 {
   struct I {
     __m256i a, b;
   };
@@ -120,14 +120,37 @@ struct V {
   static __m256i dot4(__m256i acc, __m256i u, __m256i x) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
   }
-  static I dot_u8(I acc, I codes, const int8_t* p) {
-    const __m256i x = broadcast_dword(p);
-    return {dot4(acc.a, codes.a, x), dot4(acc.b, codes.b, x)};
+  // Sums of products of codes and activations in 16 bits, for as many words as codes of that size allow; factors
+  // are pairs of the same int16, so that vpmaddwd widens and scales in one.
+  static constexpr bool kSums32 = false;
+  static constexpr int words_that_fit(int max_code) {
+    const int fit = 32767 / (2 * max_code * 127);
+    return fit >= 16 ? 16 : fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
   }
-  static I dot_s8(I acc, I codes, const int8_t* p) {
+  template <bool kSigned>
+  static I multiply(I products, I codes, const int8_t* p) {
     const __m256i x = broadcast_dword(p);
-    return {dot4(acc.a, _mm256_abs_epi8(codes.a), _mm256_sign_epi8(x, codes.a)),
-            dot4(acc.b, _mm256_abs_epi8(codes.b), _mm256_sign_epi8(x, codes.b))};
+    return {_mm256_add_epi16(products.a, product4<kSigned>(codes.a, x)),
+            _mm256_add_epi16(products.b, product4<kSigned>(codes.b, x))};
+  }
+  template <bool kSigned>
+  static __m256i product4(__m256i codes, __m256i x) {
+    return kSigned ? _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes)) : _mm256_maddubs_epi16(codes, x);
+  }
+  static I factor(I scale) { return pair16(scale, scale); }
+  static I factor_one() { return set1(0x10001u); }
+  static I add_scaled(I total, I products, I factor) {
+    return {_mm256_add_epi32(total.a, _mm256_madd_epi16(products.a, factor.a)),
+            _mm256_add_epi32(total.b, _mm256_madd_epi16(products.b, factor.b))};
+  }
+  static I pair16(I low, I high) {
+    return {_mm256_blend_epi16(low.a, _mm256_slli_epi32(high.a, 16), 0xaa),
+            _mm256_blend_epi16(low.b, _mm256_slli_epi32(high.b, 16), 0xaa)};
+  }
+  static I dot_pairs(I acc, I pairs, const int16_t* p) {
+    int word;
+    __builtin_memcpy(&word, p, 4);
+    return add_scaled(acc, pairs, {_mm256_set1_epi32(word), _mm256_set1_epi32(word)});
   }
 
   static F fzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -159,7 +182,7 @@ struct V {
 };
 
 // Eight lanes: sixteen registers hold the sums of four tokens, not of more.
-struct W {
+struct Avx2Tile {
   using I = __m256i;
   using F = __m256;
   static constexpr int kLanes = 8;
@@ -200,7 +223,7 @@ struct W {
         const I magnitude = kSigned ? _mm256_abs_epi8(word) : word;
         KERNEL_UNROLL(8)
         for (int t = 0; t < T; ++t) {
-          I b = V::broadcast_dword(x + 256 * t + 4 * (j + i));
+          I b = Avx2::broadcast_dword(x + 256 * t + 4 * (j + i));
           if (kSigned) b = _mm256_sign_epi8(b, word);
           const I product = _mm256_maddubs_epi16(magnitude, b);
           sum[t] = i == 0 ? product : _mm256_add_epi16(sum[t], product);
@@ -212,5 +235,10 @@ struct W {
     }
   }
 };
+
+#ifndef KERNEL_AVXVNNI
+using V = Avx2;
+using W = Avx2Tile;
+#endif
 
 }  // namespace

@@ -83,12 +83,23 @@ struct V {
     const I odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     return _mm512_permutex2var_epi32(rows, odd, later);
   }
-  static I dot_u8(I acc, I codes, const int8_t* p) {
+  static __m512i broadcast(const void* p) {
     int word;
     __builtin_memcpy(&word, p, 4);
-    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(word));
+    return _mm512_set1_epi32(word);
   }
-  static I dot_s8(I acc, I codes, const int8_t* p) { return dot_u8(acc, bxor(codes, set1(0x80808080u)), p); }
+  // Sums of products of codes and activations in 32 bits; factors are scales.
+  static constexpr bool kSums32 = true;
+  static constexpr int words_that_fit(int) { return 64; }
+  template <bool kSigned>
+  static I multiply(I products, I codes, const int8_t* p) {
+    return _mm512_dpbusd_epi32(products, kSigned ? bxor(codes, set1(0x80808080u)) : codes, broadcast(p));
+  }
+  static I factor(I scale) { return scale; }
+  static I factor_one() { return set1(1); }
+  static I add_scaled(I total, I products, I factor) { return add32(total, mul32(products, factor)); }
+  static I pair16(I low, I high) { return _mm512_mask_blend_epi16(0xaaaaaaaa, low, shl32(high, 16)); }
+  static I dot_pairs(I acc, I pairs, const int16_t* p) { return _mm512_dpwssd_epi32(acc, pairs, broadcast(p)); }
 
   static F fzero() { return _mm512_setzero_ps(); }
   static F fset1(float x) { return _mm512_set1_ps(x); }
@@ -135,15 +146,9 @@ struct W {
   static F to_float(I x) { return {V::to_float(x.a), V::to_float(x.b)}; }
   static F fmul(F x, F y) { return {V::fmul(x.a, y.a), V::fmul(x.b, y.b)}; }
   static F fma(F x, F y, F z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
-  static __m512i broadcast(const void* p) {
-    int word;
-    __builtin_memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
-
   // acc + the product of a pair of int16 in each lane and the pair at p.
   static I dot_pairs(I acc, I pairs, const int16_t* p) {
-    const __m512i x = broadcast(p);
+    const __m512i x = V::broadcast(p);
     return {_mm512_dpwssd_epi32(acc.a, pairs.a, x), _mm512_dpwssd_epi32(acc.b, pairs.b, x)};
   }
   // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
@@ -158,7 +163,7 @@ struct W {
       const I word = load(codes + kStride * j);
       KERNEL_UNROLL(8)
       for (int t = 0; t < T; ++t) {
-        const __m512i b = broadcast(x + 256 * t + 4 * j);
+        const __m512i b = V::broadcast(x + 256 * t + 4 * j);
         dot[t] = {_mm512_dpbusd_epi32(dot[t].a, word.a, b), _mm512_dpbusd_epi32(dot[t].b, word.b, b)};
       }
     }

@@ -154,6 +154,28 @@ struct V {
     return r;
   }
 
+  // Sums of products of codes and activations, and what scales them: 32 bits or 16, each ISA in its own way.
+  static constexpr bool kSums32 = true;
+  static constexpr int words_that_fit(int) { return 64; }
+  template <bool kSigned>
+  static I multiply(const I& products, const I& codes, const int8_t* x) {
+    return kSigned ? dot_s8(products, codes, x) : dot_u8(products, codes, x);
+  }
+  static I factor(const I& scale) { return scale; }
+  static I factor_one() { return set1(1); }
+  static I add_scaled(const I& total, const I& products, const I& factor) { return add32(total, mul32(products, factor)); }
+  // The low halves of the lanes of two vectors, in one.
+  static I pair16(const I& low, const I& high) {
+    return map(low, high, [](uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; });
+  }
+  // acc + the product of a pair of int16 in each lane and the pair at p.
+  static I dot_pairs(const I& acc, const I& pairs, const int16_t* p) {
+    return map(acc, pairs, [p](uint32_t sum, uint32_t pair) {
+      const int low = static_cast<int16_t>(pair & 0xffff), high = static_cast<int16_t>(pair >> 16);
+      return sum + static_cast<uint32_t>(low * p[0] + high * p[1]);
+    });
+  }
+
   static F fzero() { return fset1(0.0f); }
   static F fset1(float x) {
     F r;
@@ -222,13 +244,6 @@ struct W : V {
   static constexpr bool kScalePairs = false;
   static constexpr int code_bias(int) { return 0; }
 
-  // acc + the product of a pair of int16 in each lane and the pair at p.
-  static I dot_pairs(const I& acc, const I& pairs, const int16_t* p) {
-    return map(acc, pairs, [p](uint32_t sum, uint32_t pair) {
-      const int low = static_cast<int16_t>(pair & 0xffff), high = static_cast<int16_t>(pair >> 16);
-      return sum + static_cast<uint32_t>(low * p[0] + high * p[1]);
-    });
-  }
   // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
   // words are kStride bytes apart.
   template <int kWords, int kStride, int kMaxCode, bool kSigned, bool kScaled, int T>
