@@ -1077,7 +1077,8 @@ constexpr uint32_t kGridIQ1S[2048 * 2] = {
 };
 
 const int8_t kValuesIQ4NL[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-const int8_t kValuesMXFP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+const int8_t kBiasedIQ4NL[16] = {1, 24, 45, 63, 79, 93, 106, 118, -127, -115, -103, -90, -75, -59, -39, -15};
+const int8_t kValuesMXFP4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 namespace {
 
@@ -1101,5 +1102,16 @@ constexpr Planes<512> kPlanesIQ2XS = planes_of<512, 2, 4, 4>(kGridIQ2XS);
 constexpr Planes<1024> kPlanesIQ2S = planes_of<1024, 2, 4, 4>(kGridIQ2S);
 constexpr Planes<256> kPlanesIQ3XXS = planes_of<256, 1, 3, 2>(kGridIQ3XXS);
 constexpr Planes<512> kPlanesIQ3S = planes_of<512, 1, 1, 2>(kGridIQ3S);
+
+constexpr TritTables kTrits = [] {
+  TritTables tables = {};
+  for (int byte = 0; byte < 256; ++byte) {
+    int x = byte;
+    for (int n = 0; n < 4; ++n, x = x * 3 & 255) tables.four[byte] |= static_cast<uint8_t>(x * 3 >> 8 << (2 * n));
+    tables.fifth[byte] = static_cast<uint8_t>(x * 3 >> 8);
+    tables.fifth_times8[byte] = static_cast<uint8_t>(8 * tables.fifth[byte]);
+  }
+  return tables;
+}();
 
 }  // namespace hybrid

@@ -26,7 +26,14 @@ extern const Planes<1024> kPlanesIQ2S;
 extern const Planes<256> kPlanesIQ3XXS;
 extern const Planes<512> kPlanesIQ3S;
 
+// Trits of a byte (formats_plain.inc): 0-3 as fields of 2 bits, and 4, also times 8.
+struct alignas(64) TritTables {
+  uint8_t four[256], fifth[256], fifth_times8[256];
+};
+extern const TritTables kTrits;
+
 extern const int8_t kValuesIQ4NL[16];
-extern const int8_t kValuesMXFP4[16];  // twice the e2m1 values
+extern const int8_t kBiasedIQ4NL[16];  // these as bytes 128 larger
+extern const int8_t kValuesMXFP4[16];  // twice the e2m1 values, plus 12
 
 }  // namespace hybrid

@@ -29,11 +29,10 @@ struct V : Avx2 {
     const __m256i x = _mm256_set1_epi32(word);
     return {vnni_dpwssd(acc.a, pairs.a, x), vnni_dpwssd(acc.b, pairs.b, x)};
   }
-  static I dot8_s8(I acc, I codes, const int8_t* p) {
-    long long words;
-    __builtin_memcpy(&words, p, 8);
-    const __m256i x = _mm256_set1_epi64x(words);
-    return {vnni_dpbusd(acc.a, unsigned_codes(codes.a), x), vnni_dpbusd(acc.b, unsigned_codes(codes.b), x)};
+  static I multiply8(I products, I rows, const uint8_t* signs, const int8_t* p) {
+    const __m256i x = broadcast_qword(p);
+    rows = negate8(rows, signs);
+    return {vnni_dpbusd(products.a, unsigned_codes(rows.a), x), vnni_dpbusd(products.b, unsigned_codes(rows.b), x)};
   }
 };
 

@@ -10,7 +10,8 @@ from hybrid.kernels import cpu
 from hybrid.gguf import TRAITS, GGMLType
 
 ISAS = ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi"]
-VBMI = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]  # formats with kernels of their own there
+# Formats with kernels of their own on avx512vbmi.
+VBMI = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0"]
 # fmt: off
 FORMATS = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
