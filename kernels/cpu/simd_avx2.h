@@ -75,7 +75,9 @@ struct Avx2 {
   static constexpr uint32_t kTritBias = 0x80808080;  // comparisons are signed
   static I top_trit(I x) { return {top_trit(x.a), top_trit(x.b)}; }
   static __m256i top_trit(__m256i x) {
-    const __m256i one = _mm256_cmpgt_epi8(x, _mm256_set1_epi8(85 - 128)), two = _mm256_cmpgt_epi8(x, _mm256_set1_epi8(170 - 128));
+    __m256i below_one = _mm256_set1_epi8(85 - 128), below_two = _mm256_set1_epi8(170 - 128);
+    asm("" : "+x"(below_one), "+x"(below_two));  // GCC turns comparisons with constants into two instructions
+    const __m256i one = _mm256_cmpgt_epi8(x, below_one), two = _mm256_cmpgt_epi8(x, below_two);
     return _mm256_abs_epi8(_mm256_add_epi8(one, two));
   }
   static I lut16(const int8_t* table, I nibbles) {
