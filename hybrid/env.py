@@ -175,7 +175,7 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",
-        "CPU kernels: scalar, avx2 or avx512vnni (default: the best)",
+        "CPU kernels: scalar, avx2, avxvnni, avx512vnni or avx512vbmi (default: the best)",
     ),
     # Generation.
     "HYBRID_N_PREDICT": EnvVar(integer(-1), "an integer >= 1, or -1", "tokens to write; -1 = no limit"),

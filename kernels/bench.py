@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TOKENS = (1, 4, 48)  # one sequence, a few, an expert's share of a prompt
 _ROWS, _COLS = 1408, 2048  # an expert of DeepSeek-V2-Lite; padded to whole blocks of every format
 _BYTES = 256 << 20  # of weights read in turn with one token: several times the last-level caches
+_CACHED_BYTES = 640 << 10  # less than the second-level cache of any core of the last years but the smallest
 _SECONDS = 0.1
 _REGION, _LIMIT_SECONDS = 1 << 30, 1.0
 
@@ -46,6 +47,8 @@ class KernelResult:
             kernel does, over the largest result.
         bytes_s, ops_s: weights read and operations done in a second.
         limit_fraction: share of the read bandwidth (one token) or of the int8 rate (more).
+        cached_bytes_s: bytes, as the file has them, of weights in its second-level cache that one thread
+            multiplies with one token in a second of processor time; ``None`` with more tokens.
     """
 
     name: str
@@ -57,6 +60,7 @@ class KernelResult:
     bytes_s: float
     ops_s: float
     limit_fraction: float
+    cached_bytes_s: float | None
 
 
 class KernelError(Exception):
@@ -78,13 +82,14 @@ def bench_kernels(
     formats: Sequence[str] = (),
     tokens: Sequence[int] = TOKENS,
 ) -> Iterator[KernelResult]:
-    """Results of the current ISA's rows, all of them or those of ``formats``.
+    """Results of the rows that the current ISA computes with, all of them or those of ``formats``.
 
     Raises:
         KernelError: a row fails its check.
     """
     for row in cpu.kernel_rows():
-        if row["isa"] == cpu.current_isa() and (not formats or row["format"] in formats):
+        chosen = row["name"] == cpu.kernel_name(row["ggml_type"], cpu.current_isa())
+        if chosen and (not formats or row["format"] in formats):
             yield from _bench_row(pool, limits, row, random_rows, tokens)
 
 
@@ -112,8 +117,22 @@ def _bench_row(
         bytes_s, ops_s = target.nbytes / seconds, 2 * weights * count / seconds
         fraction = bytes_s / limits.read_bandwidth if count == 1 else ops_s / limits.int8_rate
         yield KernelResult(
-            row["name"], row["format"], row["isa"], pool.num_threads, count, error, bytes_s, ops_s, fraction
-        )
+            row["name"], row["format"], row["isa"], pool.num_threads, count, error, bytes_s, ops_s, fraction,
+            _cached_bytes_s(row, random_rows, x) if count == 1 else None,
+        )  # fmt: skip
+
+
+def _cached_bytes_s(row: KernelRow, random_rows: RandomRows, x: npt.NDArray[np.float32]) -> float:
+    """Processor time, unlike the clock, does not count what other processes take."""
+    cols = x.shape[1]
+    num_rows = max(
+        16, _CACHED_BYTES * 16 // cpu.PackedMatrix(row["ggml_type"], 1, 16, cols).nbytes // 16 * 16
+    )
+    pool = cpu.ThreadPool(1)  # the calling thread
+    data = random_rows(row["ggml_type"], num_rows, cols)
+    matrix = cpu.PackedMatrix(row["ggml_type"], 1, num_rows, cols)
+    matrix.pack_rows(pool, 0, 0, num_rows, data.ctypes.data)
+    return data.nbytes / _time(pool, matrix, x, time.thread_time)
 
 
 def _check(
@@ -166,12 +185,17 @@ def _multiply(
     return out
 
 
-def _time(pool: cpu.ThreadPool, matrix: cpu.PackedMatrix, x: npt.NDArray[np.float32]) -> float:
+def _time(
+    pool: cpu.ThreadPool,
+    matrix: cpu.PackedMatrix,
+    x: npt.NDArray[np.float32],
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Median seconds of a product."""
     samples: list[float] = []
     begin = time.perf_counter()
     while len(samples) < 5 or time.perf_counter() - begin < _SECONDS:
-        start = time.perf_counter()
+        start = clock()
         _multiply(pool, matrix, x)
-        samples.append(time.perf_counter() - start)
+        samples.append(clock() - start)
     return statistics.median(samples)

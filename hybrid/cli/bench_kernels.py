@@ -12,8 +12,8 @@ from hybrid.cli.progress import status_line
 from hybrid.errors import ConfigError
 
 HELP = "check and time the CPU kernels of every weight format"
-_HEADER = "| kernel | tokens | error | GB/s | TOPS | share of limit |"
-_RULE = "| --- | ---: | ---: | ---: | ---: | ---: |"
+_HEADER = "| kernel | tokens | error | GB/s | TOPS | share of limit | GB/s in cache |"
+_RULE = "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{isa}, {threads} threads: RAM is read at {limits.read_bandwidth / 1e9:.1f} GB/s, ", end="")
     print(f"int8 products reach {limits.int8_rate / 1e12:.3f} TOPS\n\n{_HEADER}\n{_RULE}")
     for r in results:
+        cached = "" if r.cached_bytes_s is None else f"{r.cached_bytes_s / 1e9:.1f}"
         print(
             f"| {r.name} | {r.num_tokens} | {r.error:.1e} | {r.bytes_s / 1e9:.1f} | {r.ops_s / 1e12:.3f} "
-            f"| {r.limit_fraction:.0%} |"
+            f"| {r.limit_fraction:.0%} | {cached} |"
         )
     return 0

@@ -11,7 +11,7 @@ from math import prod
 
 from hybrid.gguf import DEQUANTIZABLE, QUANTIZABLE, TRAITS, GGMLType
 
-ISAS = ("scalar", "avx2", "avx512vnni")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi")
 GROUP_ROWS = 16  # rows that are packed together; the last group of a matrix is padded
 
 # Every ISA has a kernel for each of these. Float weights multiply float32 activations, the others int8.
@@ -61,6 +61,9 @@ CUDA_FORMATS = frozenset(
 # Columns of a row must be a multiple of this where it is not the format's own block.
 _PACKED_COLUMNS = {GGMLType.BF16: 2}
 
+# Bytes of 16 rows of a packed block, where the CPU codes weights anew: trits instead of a code book.
+_RECODED_GROUP_BYTES = {GGMLType.IQ1_S: 920, GGMLType.IQ1_M: 1024}
+
 _CACHE_BITS: dict[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8}
 _Q8_BLOCK = 32  # numbers that share a float16 scale in a q8_0 cache row
 
@@ -100,17 +103,20 @@ def block_cols(format_: GGMLType) -> int:
 def matrix_bytes(format_: GGMLType, kind: str, shape: Sequence[int]) -> int:
     """Bytes of a matrix stack ``[batch, rows, cols]`` on a device.
 
-    On the CPU the rows of each matrix are padded to groups of 16; GPUs take the file's blocks; the test
-    device ``fake`` keeps float32.
+    On the CPU the rows of each matrix are padded to groups of 16, and IQ1 takes 15 % more; GPUs take the
+    file's blocks; the test device ``fake`` keeps float32.
     """
     batch, rows, cols = shape
     if kind == "fake":
         return prod(shape) * 4
     traits = TRAITS[format_]
     row_bytes = cols // traits.block_size * traits.block_bytes + traits.row_meta_bytes
-    if kind == "cpu":
-        rows = -(-rows // GROUP_ROWS) * GROUP_ROWS
-    return batch * rows * row_bytes
+    if kind != "cpu":
+        return batch * rows * row_bytes
+    group_bytes = GROUP_ROWS * row_bytes
+    if format_ in _RECODED_GROUP_BYTES:
+        group_bytes = cols // traits.block_size * _RECODED_GROUP_BYTES[format_]
+    return batch * -(-rows // GROUP_ROWS) * group_bytes
 
 
 def vector_bytes(num_elements: int) -> int:

@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 # formats whose unpacking is not the limit (Q4_K, Q8_0); remote reads of two nodes without copies halve it.
 RAM_EFFICIENCY = 0.85
 REMOTE_EFFICIENCY = 0.5
-# Multiply-adds per second and thread of prompt products, measured on the same with 128 tokens at once.
-INT8_MACS_PER_THREAD = {"scalar": 0.5e9, "avx2": 45e9, "avx512vnni": 110e9}
+# Multiply-adds per second and thread of prompt products, measured on the same with 128 tokens at once;
+# avxvnni has not run, and counts as avx2.
+INT8_MACS_PER_THREAD = {
+    "scalar": 0.5e9,
+    "avx2": 45e9,
+    "avxvnni": 45e9,
+    "avx512vnni": 110e9,
+    "avx512vbmi": 110e9,
+}
 CALL_S = 8e-6  # of an operation besides its arithmetic
 CALLS_PER_LAYER = 14
 # Estimates.

@@ -86,6 +86,12 @@ bool has_kernel(int ggml_type, const std::string& isa) {
   return format && select_kernel(*format, require_isa(isa)) != nullptr;
 }
 
+std::optional<std::string> kernel_name(int ggml_type, const std::string& isa) {
+  const FormatInfo* format = find_format(ggml_type);
+  const KernelRow* row = format ? select_kernel(*format, require_isa(isa)) : nullptr;
+  return row ? std::optional<std::string>(row->name) : std::nullopt;
+}
+
 nb::dict features() {
   nb::dict found;
   for (const Feature& feature : cpu_features()) found[feature.name] = feature.present;
@@ -108,6 +114,9 @@ NB_MODULE(_cpu, m) {
   m.def("cpu_features", &features, "CPUID features that matter here, the operating system's part included.");
   m.def("kernel_rows", &kernel_rows, "The kernel table, one entry for each format and ISA.");
   m.def("has_kernel", &has_kernel, "ggml_type"_a, "isa"_a);
+  m.def("kernel_name", &kernel_name, "ggml_type"_a, "isa"_a,
+        "Name of the row that computes with a format on an ISA, host support or not; None if there is none. Raises "
+        "ValueError for an unknown ISA.");
   m.def("physical_cores", &physical_cores, "One CPU number for each physical core this process may run on.");
   nb::class_<ThreadPool>(m, "ThreadPool", "Persistent workers; the calling thread is the first of them.")
       .def(nb::init<int, const std::vector<int>&>(), "num_threads"_a, "cpus"_a = std::vector<int>())

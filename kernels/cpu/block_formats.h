@@ -14,6 +14,8 @@
 // bit (8c + m) of the packed word is bit (4m + c) of the file's word, c < 4, m < 8. After that,
 // byte c of the word holds the fifth bits of columns c, 4 + c, 8 + c ... as bits 0, 1, 2 ...
 //
+// IQ1_S and IQ1_M have no such fields: they are coded anew (recode.h), into `recoded_bytes` for 16 rows.
+//
 // Block layouts: the gguf package's `quants` module (numbers of bytes, field order).
 #pragma once
 #include <cstddef>
@@ -30,11 +32,15 @@ struct FormatInfo {
   const char* name;
   int ggml_type;
   int block_cols;   // columns a block spans
-  int block_bytes;  // bytes of one row's block, in the file and packed
+  int block_bytes;  // bytes of one row's block in the file
   int num_fields;
   Field fields[6];
   bool is_float = false;
+  int recoded_bytes = 0;  // of the packed K-block of 16 rows where that is no permutation of bytes
 };
+
+// Bytes of the packed K-block of a group.
+constexpr int group_block_bytes(const FormatInfo& f) { return f.recoded_bytes ? f.recoded_bytes : 16 * f.block_bytes; }
 
 inline constexpr FormatInfo kFormats[] = {
     {"F32", 0, 1, 4, 1, {{0, 4, 1}}, true},
@@ -54,12 +60,12 @@ inline constexpr FormatInfo kFormats[] = {
     {"IQ2_XXS", 16, 256, 66, 2, {{2, 4, 16}, {0, 2, 1}}},
     {"IQ2_XS", 17, 256, 74, 3, {{2, 4, 16}, {66, 4, 2}, {0, 2, 1}}},
     {"IQ3_XXS", 18, 256, 98, 3, {{2, 4, 16}, {66, 4, 8}, {0, 2, 1}}},
-    {"IQ1_S", 19, 256, 50, 3, {{2, 4, 8}, {34, 4, 4}, {0, 2, 1}}},
+    {"IQ1_S", 19, 256, 50, 0, {}, false, 920},
     {"IQ4_NL", 20, 32, 18, 2, {{2, 4, 4}, {0, 2, 1}}},
     {"IQ3_S", 21, 256, 110, 5, {{2, 4, 16}, {66, 4, 2}, {74, 4, 8}, {106, 4, 1}, {0, 2, 1}}},
     {"IQ2_S", 22, 256, 82, 4, {{2, 4, 16}, {66, 4, 2}, {74, 4, 2}, {0, 2, 1}}},
     {"IQ4_XS", 23, 256, 136, 4, {{8, 4, 32}, {4, 4, 1}, {2, 2, 1}, {0, 2, 1}}},
-    {"IQ1_M", 29, 256, 56, 3, {{0, 4, 8}, {32, 4, 4}, {48, 4, 2}}},
+    {"IQ1_M", 29, 256, 56, 0, {}, false, 1024},
     {"TQ1_0", 34, 256, 54, 3, {{0, 4, 12}, {48, 4, 1}, {52, 2, 1}}},
     {"TQ2_0", 35, 256, 66, 2, {{0, 4, 16}, {64, 2, 1}}},
     {"MXFP4", 39, 32, 17, 2, {{1, 4, 4}, {0, 1, 1}}},
@@ -70,7 +76,7 @@ constexpr bool fields_cover_blocks() {
   for (const FormatInfo& f : kFormats) {
     int bytes = 0;
     for (int i = 0; i < f.num_fields; ++i) bytes += f.fields[i].unit * f.fields[i].count;
-    if (bytes != f.block_bytes) return false;
+    if (!f.recoded_bytes && bytes != f.block_bytes) return false;
   }
   return true;
 }

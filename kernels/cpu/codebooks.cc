@@ -2,7 +2,7 @@
 
 namespace hybrid {
 
-const uint32_t kGridIQ2XXS[256 * 2] = {
+constexpr uint32_t kGridIQ2XXS[256 * 2] = {
     0x08080808, 0x08080808, 0x0808082b, 0x08080808, 0x08081919, 0x08080808, 0x08082b08, 0x08080808,
     0x08082b2b, 0x08080808, 0x08190819, 0x08080808, 0x08191908, 0x08080808, 0x082b0808, 0x08080808,
     0x082b082b, 0x08080808, 0x082b2b08, 0x08080808, 0x082b2b2b, 0x08080808, 0x19080819, 0x08080808,
@@ -69,7 +69,7 @@ const uint32_t kGridIQ2XXS[256 * 2] = {
     0x08080808, 0x2b2b082b, 0x08192b08, 0x2b2b1908, 0x19190808, 0x2b2b2b08, 0x08081908, 0x2b2b2b19,
 };
 
-const uint32_t kGridIQ2XS[512 * 2] = {
+constexpr uint32_t kGridIQ2XS[512 * 2] = {
     0x08080808, 0x08080808, 0x0808082b, 0x08080808, 0x08081919, 0x08080808, 0x08082b08, 0x08080808,
     0x08082b2b, 0x08080808, 0x08190819, 0x08080808, 0x08191908, 0x08080808, 0x0819192b, 0x08080808,
     0x08192b19, 0x08080808, 0x082b0808, 0x08080808, 0x082b082b, 0x08080808, 0x082b1919, 0x08080808,
@@ -200,7 +200,7 @@ const uint32_t kGridIQ2XS[512 * 2] = {
     0x082b2b08, 0x2b2b2b2b, 0x082b2b2b, 0x2b2b2b2b, 0x2b190819, 0x2b2b2b2b, 0x2b2b2b2b, 0x2b2b2b2b,
 };
 
-const uint32_t kGridIQ2S[1024 * 2] = {
+constexpr uint32_t kGridIQ2S[1024 * 2] = {
     0x08080808, 0x08080808, 0x0808082b, 0x08080808, 0x08081919, 0x08080808, 0x08082b08, 0x08080808,
     0x08082b2b, 0x08080808, 0x08190819, 0x08080808, 0x08191908, 0x08080808, 0x0819192b, 0x08080808,
     0x08192b19, 0x08080808, 0x082b0808, 0x08080808, 0x082b082b, 0x08080808, 0x082b1919, 0x08080808,
@@ -459,7 +459,7 @@ const uint32_t kGridIQ2S[1024 * 2] = {
     0x082b082b, 0x2b2b2b2b, 0x082b2b08, 0x2b2b2b2b, 0x2b082b08, 0x2b2b2b2b, 0x2b2b2b2b, 0x2b2b2b2b,
 };
 
-const uint32_t kGridIQ3XXS[256] = {
+constexpr uint32_t kGridIQ3XXS[256] = {
     0x04040404, 0x04040414, 0x04040424, 0x04040c0c, 0x04040c1c, 0x04040c3e, 0x04041404, 0x04041414,
     0x04041c0c, 0x04042414, 0x04043e1c, 0x04043e2c, 0x040c040c, 0x040c041c, 0x040c0c04, 0x040c0c14,
     0x040c140c, 0x040c142c, 0x040c1c04, 0x040c1c14, 0x040c240c, 0x040c2c24, 0x040c3e04, 0x04140404,
@@ -494,7 +494,7 @@ const uint32_t kGridIQ3XXS[256] = {
     0x3e1c1c1c, 0x3e1c3404, 0x3e24140c, 0x3e24240c, 0x3e2c0404, 0x3e2c0414, 0x3e2c1424, 0x3e341c04,
 };
 
-const uint32_t kGridIQ3S[512] = {
+constexpr uint32_t kGridIQ3S[512] = {
     0x01010101, 0x01010103, 0x01010105, 0x0101010b, 0x0101010f, 0x01010301, 0x01010303, 0x01010305,
     0x01010309, 0x0101030d, 0x01010501, 0x01010503, 0x0101050b, 0x01010707, 0x01010901, 0x01010905,
     0x0101090b, 0x0101090f, 0x01010b03, 0x01010b07, 0x01010d01, 0x01010d05, 0x01010f03, 0x01010f09,
@@ -561,7 +561,7 @@ const uint32_t kGridIQ3S[512] = {
     0x0f090307, 0x0f090501, 0x0f090b01, 0x0f0b0505, 0x0f0b0905, 0x0f0d0105, 0x0f0d0703, 0x0f0f0101,
 };
 
-const uint32_t kGridIQ1S[2048 * 2] = {
+constexpr uint32_t kGridIQ1S[2048 * 2] = {
     0xf8f8f8f8, 0xf8f8f8f8, 0xf8f8f808, 0xf8f8f8f8, 0xf8f80000, 0xf8f8f8f8, 0xf8f808f8, 0xf8f8f8f8,
     0xf8f80808, 0xf8f8f8f8, 0xf800f800, 0xf8f8f8f8, 0xf8000000, 0xf8f8f8f8, 0xf808f8f8, 0xf8f8f8f8,
     0xf808f808, 0xf8f8f8f8, 0xf80808f8, 0xf8f8f8f8, 0xf8080808, 0xf8f8f8f8, 0x00f80000, 0xf8f8f8f8,
@@ -1077,6 +1077,41 @@ const uint32_t kGridIQ1S[2048 * 2] = {
 };
 
 const int8_t kValuesIQ4NL[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-const int8_t kValuesMXFP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+const int8_t kBiasedIQ4NL[16] = {1, 24, 45, 63, 79, 93, 106, 118, -127, -115, -103, -90, -75, -59, -39, -15};
+const int8_t kValuesMXFP4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+namespace {
+
+// Codes of magnitudes, which are these shifted right by kShift; kPerByte columns to a byte.
+template <int kEntries, int kWords, int kShift, int kPerByte>
+constexpr Planes<kEntries> planes_of(const uint32_t (&grid)[kEntries * kWords]) {
+  Planes<kEntries> planes = {};
+  for (int entry = 0; entry < kEntries; ++entry) {
+    for (int c = 0; c < 4 * kWords; ++c) {
+      const uint32_t magnitude = grid[kWords * entry + c / 4] >> (8 * (c % 4)) & 0xff;
+      planes.bytes[c / kPerByte][entry] |= static_cast<uint8_t>(magnitude >> kShift << (c % kPerByte * (8 / kPerByte)));
+    }
+  }
+  return planes;
+}
+
+}  // namespace
+
+constexpr Planes<256> kPlanesIQ2XXS = planes_of<256, 2, 4, 4>(kGridIQ2XXS);
+constexpr Planes<512> kPlanesIQ2XS = planes_of<512, 2, 4, 4>(kGridIQ2XS);
+constexpr Planes<1024> kPlanesIQ2S = planes_of<1024, 2, 4, 4>(kGridIQ2S);
+constexpr Planes<256> kPlanesIQ3XXS = planes_of<256, 1, 3, 2>(kGridIQ3XXS);
+constexpr Planes<512> kPlanesIQ3S = planes_of<512, 1, 1, 2>(kGridIQ3S);
+
+constexpr TritTables kTrits = [] {
+  TritTables tables = {};
+  for (int byte = 0; byte < 256; ++byte) {
+    int x = byte;
+    for (int n = 0; n < 4; ++n, x = x * 3 & 255) tables.four[byte] |= static_cast<uint8_t>(x * 3 >> 8 << (2 * n));
+    tables.fifth[byte] = static_cast<uint8_t>(x * 3 >> 8);
+    tables.fifth_times8[byte] = static_cast<uint8_t>(8 * tables.fifth[byte]);
+  }
+  return tables;
+}();
 
 }  // namespace hybrid

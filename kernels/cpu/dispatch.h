@@ -23,7 +23,7 @@ struct KernelRow {
 
 using QuantizeRow = void (*)(const float* x, int64_t cols, int8_t* codes, float* scales, int16_t* sums);
 
-// What one ISA's translation unit provides.
+// What one ISA's translation unit provides. Rows of formats it leaves to another ISA have no `dot`.
 struct IsaKernels {
   const KernelRow* rows;
   int num_rows;
@@ -34,14 +34,15 @@ struct IsaKernels {
 };
 inline constexpr int64_t kMacsPerWord = 6 * 8 * 4;  // of a lane in a round
 
-extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvx512Vnni;
+extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvxVnni, kKernelsAvx512Vnni, kKernelsAvx512Vbmi;
 
 const IsaKernels& kernels_of(Isa isa);
 
 // Every row of the table, host support or not.
 std::vector<const KernelRow*> all_kernel_rows();
 
-// Null when `isa` has no kernel for the format.
+// The ISA's own kernel, or where it has none that of the ISA it extends (avx512vbmi: avx512vnni). Null when there is
+// neither.
 const KernelRow* select_kernel(const FormatInfo& format, Isa isa);
 
 }  // namespace hybrid

@@ -74,8 +74,12 @@ std::vector<const char*> required(Isa isa) {
   switch (isa) {
     case Isa::kScalar: return {};
     case Isa::kAvx2: return {"avx2", "fma", "f16c", "bmi2"};
+    case Isa::kAvxVnni: return {"avx2", "fma", "f16c", "bmi2", "avxvnni"};
     case Isa::kAvx512Vnni:
       return {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"};
+    case Isa::kAvx512Vbmi:
+      return {"avx2",     "fma",      "f16c",       "bmi2",       "avx512f", "avx512bw",
+              "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi", "gfni"};
   }
   return {};
 }
@@ -91,7 +95,9 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kScalar: return "scalar";
     case Isa::kAvx2: return "avx2";
+    case Isa::kAvxVnni: return "avxvnni";
     case Isa::kAvx512Vnni: return "avx512vnni";
+    case Isa::kAvx512Vbmi: return "avx512vbmi";
   }
   return "?";
 }

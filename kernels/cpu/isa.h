@@ -6,9 +6,10 @@
 namespace hybrid {
 
 // Ascending preference. Names are features, not chips: scalar is baseline x86-64; avx2 adds FMA,
-// F16C and BMI2; avx512vnni means F, BW, VL, DQ and VNNI.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2 };
-inline constexpr int kNumIsas = 3;
+// F16C and BMI2; avxvnni is avx2 with VNNI on 256 bits; avx512vnni means F, BW, VL, DQ and VNNI; avx512vbmi
+// adds VBMI and GFNI.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAvx512Vbmi = 4 };
+inline constexpr int kNumIsas = 5;
 
 const char* isa_name(Isa isa);
 

@@ -44,7 +44,7 @@ PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t c
            " columns, found " + std::to_string(cols) + " columns");
   }
   num_groups_ = (rows - 1) / kGroupRows + 1;
-  group_bytes_ = checked_product(cols / format_->block_cols, int64_t{format_->block_bytes} * kGroupRows);
+  group_bytes_ = checked_product(cols / format_->block_cols, int64_t{group_block_bytes(*format_)});
   const int64_t bytes = checked_product(checked_product(batch, num_groups_), group_bytes_);
   mapped_bytes_ = (static_cast<size_t>(bytes) + kHugePage - 1) / kHugePage * kHugePage;
   if (static_cast<size_t>(bytes) < kHugePage) mapped_bytes_ = static_cast<size_t>(bytes);

@@ -23,7 +23,7 @@ class PackedMatrix {
   int64_t cols() const { return cols_; }
   int64_t nbytes() const { return batch_ * num_groups_ * group_bytes_; }
 
-  int64_t row_bytes() const { return group_bytes_ / 16; }  // of a GGUF row
+  int64_t row_bytes() const { return cols_ / format_->block_cols * format_->block_bytes; }  // of a GGUF row
   int64_t group_bytes() const { return group_bytes_; }
   int64_t num_groups() const { return num_groups_; }  // of one matrix of the stack
   const uint8_t* group(int64_t batch_index, int64_t index) const {

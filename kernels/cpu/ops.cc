@@ -115,8 +115,10 @@ void check_route(const RouteArgs& args, int64_t num_experts) {
 
 const OpsTable& ops_table(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Vbmi:
     case Isa::kAvx512Vnni:
       return kOpsAvx512Vnni;
+    case Isa::kAvxVnni:
     case Isa::kAvx2:
       return kOpsAvx2;
     case Isa::kScalar:

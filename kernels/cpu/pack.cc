@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernel_abi.h"
+#include "recode.h"
 
 namespace hybrid {
 namespace {
@@ -69,9 +70,12 @@ void unpack_field(const Field& f, const uint8_t* plane, int row, uint8_t* block)
 void pack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst) {
   const int64_t num_blocks = cols / format.block_cols;
   const int64_t row_bytes = num_blocks * format.block_bytes;
-  if (num_rows < kGroupRows) std::memset(dst, 0, kGroupRows * row_bytes);
+  const int packed_bytes = group_block_bytes(format);
+  if (num_rows < kGroupRows || format.recoded_bytes) std::memset(dst, 0, static_cast<size_t>(num_blocks * packed_bytes));
   for (int64_t b = 0; b < num_blocks; ++b) {
-    uint8_t* plane = dst + b * kGroupRows * format.block_bytes;
+    uint8_t* plane = dst + b * packed_bytes;
+    for (int row = 0; row < num_rows && format.recoded_bytes; ++row)
+      recode_block(format, src + row * row_bytes + b * format.block_bytes, row, plane);
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
       for (int row = 0; row < num_rows; ++row)
@@ -85,7 +89,9 @@ void unpack_group(const FormatInfo& format, const uint8_t* src, int num_rows, in
   const int64_t num_blocks = cols / format.block_cols;
   const int64_t row_bytes = num_blocks * format.block_bytes;
   for (int64_t b = 0; b < num_blocks; ++b) {
-    const uint8_t* plane = src + b * kGroupRows * format.block_bytes;
+    const uint8_t* plane = src + b * group_block_bytes(format);
+    for (int row = 0; row < num_rows && format.recoded_bytes; ++row)
+      restore_block(format, plane, row, dst + row * row_bytes + b * format.block_bytes);
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
       for (int row = 0; row < num_rows; ++row)

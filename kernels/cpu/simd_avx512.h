@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #define KERNEL_PRAGMA(text) _Pragma(#text)
@@ -19,8 +20,10 @@ struct V {
   static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static I load(const void* p) { return _mm512_loadu_si512(p); }
   static void store(void* p, I x) { _mm512_storeu_si512(p, x); }
-  static void store_u16(uint16_t* p, I x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+  static void store_index(uint16_t (&p)[16][4], I low, I high) {
+    const I first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    store(p[0], _mm512_permutex2var_epi64(first, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second));
+    store(p[8], _mm512_permutex2var_epi64(first, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), second));
   }
   static void store_bytes(uint8_t (&p)[2][4][8], I x) {
     const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -45,11 +48,16 @@ struct V {
   static I mul16(I x, I y) { return _mm512_mullo_epi16(x, y); }
   static I add8(I x, I y) { return _mm512_add_epi8(x, y); }
   static I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }
+  static constexpr uint32_t kTritBias = 0;
+  static I top_trit(I x) {
+    const __mmask64 one = _mm512_cmpgt_epu8_mask(x, set1(0x55555555)), two = _mm512_cmpgt_epu8_mask(x, set1(0xaaaaaaaau));
+    const I ones = _mm512_maskz_mov_epi8(one, set1(0x01010101));
+    return _mm512_mask_add_epi8(ones, two, ones, ones);
+  }
   static I lut16(const int8_t* table, I nibbles) {
     const I t = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return _mm512_shuffle_epi8(t, nibbles);
   }
-  static I gather(const uint32_t* table, I index) { return _mm512_i32gather_epi32(index, table, 4); }
   // Loads and inserts: on Zen 4 half as long as gathers of quadwords, a third of gathers of words.
   template <class Index>
   static I lookup8(const uint32_t* table, Index index) {
@@ -60,20 +68,38 @@ struct V {
     const __m128i low = lookup2(table, index(row), index(row + 1)), high = lookup2(table, index(row + 2), index(row + 3));
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
   }
-  static __m128i lookup2(const uint32_t* table, int first, int second) {
-    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + 2 * first));
-    const double* high = reinterpret_cast<const double*>(table + 2 * second);
-    return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), high));
+  static __m128i lookup2(const uint32_t* table, size_t first, size_t second) {
+    const double* entries = reinterpret_cast<const double*>(table);
+    return _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd(entries + first), entries + second));
   }
   static I negate8(I rows, const uint8_t* signs) {
     uint64_t mask;
     __builtin_memcpy(&mask, signs, 8);
     return _mm512_mask_sub_epi8(rows, mask, zero(), rows);
   }
-  static I dot8_s8(I acc, I codes, const int8_t* p) {
+  template <class Index>
+  static I lookup4_twice(const uint32_t* table, Index index) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(four_rows(table, index, 0)), four_rows(table, index, 4), 1);
+  }
+  template <class Index>
+  static __m256i four_rows(const uint32_t* table, Index index, int row) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(two_rows(table, index, row)), two_rows(table, index, row + 2), 1);
+  }
+  template <class Index>
+  static __m128i two_rows(const uint32_t* table, Index index, int row) {
+    __m128i r = _mm_loadu_si32(table + index(row, 0));
+    r = _mm_insert_epi32(r, static_cast<int>(table[index(row, 1)]), 1);
+    r = _mm_insert_epi32(r, static_cast<int>(table[index(row + 1, 0)]), 2);
+    return _mm_insert_epi32(r, static_cast<int>(table[index(row + 1, 1)]), 3);
+  }
+  static I multiply8(I products, I rows, const uint8_t* signs, const int8_t* p) {
     long long words;
     __builtin_memcpy(&words, p, 8);
-    return _mm512_dpbusd_epi32(acc, bxor(codes, set1(0x80808080u)), _mm512_set1_epi64(words));
+    return _mm512_dpbusd_epi32(products, bxor(negate8(rows, signs), set1(0x80808080u)), _mm512_set1_epi64(words));
+  }
+  static I wide(I x, int half) {
+    const I order = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_epi32(half == 0 ? order : _mm512_add_epi32(order, _mm512_set1_epi32(8)), x);
   }
   static I low_words(I rows, I later) {
     const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -83,12 +109,23 @@ struct V {
     const I odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     return _mm512_permutex2var_epi32(rows, odd, later);
   }
-  static I dot_u8(I acc, I codes, const int8_t* p) {
+  static __m512i broadcast(const void* p) {
     int word;
     __builtin_memcpy(&word, p, 4);
-    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(word));
+    return _mm512_set1_epi32(word);
   }
-  static I dot_s8(I acc, I codes, const int8_t* p) { return dot_u8(acc, bxor(codes, set1(0x80808080u)), p); }
+  // Sums of products of codes and activations in 32 bits; factors are scales.
+  static constexpr bool kSums32 = true;
+  static constexpr int words_that_fit(int) { return 64; }
+  template <bool kSigned>
+  static I multiply(I products, I codes, const int8_t* p) {
+    return _mm512_dpbusd_epi32(products, kSigned ? bxor(codes, set1(0x80808080u)) : codes, broadcast(p));
+  }
+  static I factor(I scale) { return scale; }
+  static I factor_one() { return set1(1); }
+  static I add_scaled(I total, I products, I factor) { return add32(total, mul32(products, factor)); }
+  static I pair16(I low, I high) { return _mm512_mask_blend_epi16(0xaaaaaaaa, low, shl32(high, 16)); }
+  static I dot_pairs(I acc, I pairs, const int16_t* p) { return _mm512_dpwssd_epi32(acc, pairs, broadcast(p)); }
 
   static F fzero() { return _mm512_setzero_ps(); }
   static F fset1(float x) { return _mm512_set1_ps(x); }
@@ -135,15 +172,9 @@ struct W {
   static F to_float(I x) { return {V::to_float(x.a), V::to_float(x.b)}; }
   static F fmul(F x, F y) { return {V::fmul(x.a, y.a), V::fmul(x.b, y.b)}; }
   static F fma(F x, F y, F z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
-  static __m512i broadcast(const void* p) {
-    int word;
-    __builtin_memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
-
   // acc + the product of a pair of int16 in each lane and the pair at p.
   static I dot_pairs(I acc, I pairs, const int16_t* p) {
-    const __m512i x = broadcast(p);
+    const __m512i x = V::broadcast(p);
     return {_mm512_dpwssd_epi32(acc.a, pairs.a, x), _mm512_dpwssd_epi32(acc.b, pairs.b, x)};
   }
   // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
@@ -158,7 +189,7 @@ struct W {
       const I word = load(codes + kStride * j);
       KERNEL_UNROLL(8)
       for (int t = 0; t < T; ++t) {
-        const __m512i b = broadcast(x + 256 * t + 4 * j);
+        const __m512i b = V::broadcast(x + 256 * t + 4 * j);
         dot[t] = {_mm512_dpbusd_epi32(dot[t].a, word.a, b), _mm512_dpbusd_epi32(dot[t].b, word.b, b)};
       }
     }

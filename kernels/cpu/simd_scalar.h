@@ -45,8 +45,10 @@ struct V {
     return r;
   }
   static void store(void* p, const I& a) { std::memcpy(p, a.l, 64); }
-  static void store_u16(uint16_t* p, const I& a) {
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.l[i]);
+  // Bytes of `low` and, above them, of `high`.
+  static void store_index(uint16_t (&p)[16][4], const I& low, const I& high) {
+    for (int i = 0; i < 16; ++i)
+      for (int b = 0; b < 4; ++b) p[i][b] = static_cast<uint16_t>((low.l[i] >> (8 * b) & 0xff) | (high.l[i] >> (8 * b) & 0xff) << 8);
   }
   // Byte b of lane i to [i / 8][b][i % 8].
   static void store_bytes(uint8_t (&p)[2][4][8], const I& a) {
@@ -90,15 +92,21 @@ struct V {
       return ((x | 0x80808080) - (y & 0x7f7f7f7f)) ^ ((x ^ ~y) & 0x80808080);
     });
   }
+  // In every byte the top digit to base 3, of bytes that were xored with kTritBias; tripling leaves that as it is.
+  static constexpr uint32_t kTritBias = 0;
+  static I top_trit(const I& bytes) {
+    return map(bytes, [](uint32_t x) {
+      uint32_t out = 0;
+      for (int b = 0; b < 4; ++b) out |= ((x >> (8 * b) & 0xff) * 3 >> 8) << (8 * b);
+      return out;
+    });
+  }
   static I lut16(const int8_t* table, const I& nibbles) {
     I r;
     const uint8_t* n = reinterpret_cast<const uint8_t*>(nibbles.l);
     uint8_t* out = reinterpret_cast<uint8_t*>(r.l);
     for (int i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(table[n[i]]);
     return r;
-  }
-  static I gather(const uint32_t* table, const I& index) {
-    return map(index, [table](uint32_t x) { return table[x]; });
   }
   // Eight rows of eight columns in one vector: row r is lanes 2r and 2r + 1.
   template <class Index>
@@ -116,11 +124,25 @@ struct V {
     std::memcpy(r.l, bytes, 64);
     return r;
   }
-  // Even lanes: acc + codes times x[0..3]; odd lanes: times x[4..7].
-  static I dot8_s8(const I& acc, const I& codes, const int8_t* x) {
-    const I low = dot_s8(acc, codes, x), high = dot_s8(acc, codes, x + 4);
+  // The same from entries of four columns, index(row, 0) and index(row, 1).
+  template <class Index>
+  static I lookup4_twice(const uint32_t* table, Index index) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = table[index(i / 2, i % 2)];
+    return r;
+  }
+  // Products of such rows, negated as by negate8, with x[0..7]: even lanes x[0..3], odd lanes x[4..7].
+  static I multiply8(const I& products, const I& rows, const uint8_t* signs, const int8_t* x) {
+    const I codes = negate8(rows, signs);
+    const I low = dot_s8(products, codes, x), high = dot_s8(products, codes, x + 4);
     I r;
     for (int i = 0; i < 16; ++i) r.l[i] = i % 2 == 0 ? low.l[i] : high.l[i];
+    return r;
+  }
+  // Lane 8 * half + r to lanes 2 * r and 2 * r + 1.
+  static I wide(const I& a, int half) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.l[i] = a.l[8 * half + i / 2];
     return r;
   }
   // Columns 0-3, and 4-7, of sixteen rows.
@@ -152,6 +174,28 @@ struct V {
       r.l[i] = acc.l[i] + static_cast<uint32_t>(c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3]);
     }
     return r;
+  }
+
+  // Sums of products of codes and activations, and what scales them: 32 bits or 16, each ISA in its own way.
+  static constexpr bool kSums32 = true;
+  static constexpr int words_that_fit(int) { return 64; }
+  template <bool kSigned>
+  static I multiply(const I& products, const I& codes, const int8_t* x) {
+    return kSigned ? dot_s8(products, codes, x) : dot_u8(products, codes, x);
+  }
+  static I factor(const I& scale) { return scale; }
+  static I factor_one() { return set1(1); }
+  static I add_scaled(const I& total, const I& products, const I& factor) { return add32(total, mul32(products, factor)); }
+  // The low halves of the lanes of two vectors, in one.
+  static I pair16(const I& low, const I& high) {
+    return map(low, high, [](uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; });
+  }
+  // acc + the product of a pair of int16 in each lane and the pair at p.
+  static I dot_pairs(const I& acc, const I& pairs, const int16_t* p) {
+    return map(acc, pairs, [p](uint32_t sum, uint32_t pair) {
+      const int low = static_cast<int16_t>(pair & 0xffff), high = static_cast<int16_t>(pair >> 16);
+      return sum + static_cast<uint32_t>(low * p[0] + high * p[1]);
+    });
   }
 
   static F fzero() { return fset1(0.0f); }
@@ -222,13 +266,6 @@ struct W : V {
   static constexpr bool kScalePairs = false;
   static constexpr int code_bias(int) { return 0; }
 
-  // acc + the product of a pair of int16 in each lane and the pair at p.
-  static I dot_pairs(const I& acc, const I& pairs, const int16_t* p) {
-    return map(acc, pairs, [p](uint32_t sum, uint32_t pair) {
-      const int low = static_cast<int16_t>(pair & 0xffff), high = static_cast<int16_t>(pair >> 16);
-      return sum + static_cast<uint32_t>(low * p[0] + high * p[1]);
-    });
-  }
   // total[t] += scale * (4 * kWords codes of every lane times those of token t at x + 256 * t);
   // words are kStride bytes apart.
   template <int kWords, int kStride, int kMaxCode, bool kSigned, bool kScaled, int T>

@@ -20,6 +20,7 @@ def short(monkeypatch):
     monkeypatch.setattr(bench, "_LIMIT_SECONDS", 0.02)
     monkeypatch.setattr(bench, "_REGION", 32 << 20)
     monkeypatch.setattr(bench, "_BYTES", 1 << 18)
+    monkeypatch.setattr(bench, "_CACHED_BYTES", 1 << 14)
 
 
 @pytest.mark.parametrize("isa", cpu.supported_isas())
@@ -27,13 +28,16 @@ def test_every_row_passes_its_check(capsys, isa):
     assert main(["bench-kernels", "--isa", isa, "-t", "2", "-o", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     results = printed["results"]
-    rows = [row["name"] for row in cpu.kernel_rows() if row["isa"] == isa]
+    names = {cpu.kernel_name(row["ggml_type"], isa) for row in cpu.kernel_rows()}
+    rows = [row["name"] for row in cpu.kernel_rows() if row["name"] in names]
     assert [r["name"] for r in results] == [name for name in rows for _ in bench.TOKENS]
     for r in results:
         limit = "read_bandwidth" if r["num_tokens"] == 1 else "int8_rate"
         rate = r["bytes_s"] if r["num_tokens"] == 1 else r["ops_s"]
         assert r["limit_fraction"] == pytest.approx(rate / printed["limits"][limit])
         assert 0 <= r["error"] < 1e-4
+        assert (r["cached_bytes_s"] is None) == (r["num_tokens"] > 1)
+        assert r["cached_bytes_s"] is None or r["cached_bytes_s"] > 0
 
 
 def test_formats_can_be_chosen(capsys):

@@ -9,7 +9,9 @@ from hybrid.kernels import cpu
 
 from hybrid.gguf import TRAITS, GGMLType
 
-ISAS = ["scalar", "avx2", "avx512vnni"]
+ISAS = ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi"]
+# Formats with kernels of their own on avx512vbmi.
+VBMI = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0"]
 # fmt: off
 FORMATS = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
@@ -22,7 +24,19 @@ FORMATS = [
 
 def test_every_format_has_a_kernel_on_every_isa() -> None:
     rows = Counter((row["format"], row["isa"]) for row in cpu.kernel_rows())
-    assert rows == Counter((name, isa) for name in FORMATS for isa in ISAS)
+    expected = [(name, isa) for isa in ISAS for name in (VBMI if isa == "avx512vbmi" else FORMATS)]
+    assert rows == Counter(expected)
+    for name in FORMATS:
+        for isa in ISAS:
+            assert cpu.has_kernel(GGMLType[name], isa)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_vbmi_lacks_is_left_to_vnni(name: str) -> None:
+    activation = "f32" if name in ("F32", "F16", "BF16") else "q8"
+    isa = "avx512vbmi" if name in VBMI else "avx512vnni"
+    assert cpu.kernel_name(GGMLType[name], "avx512vbmi") == f"dot_{name}_{activation}_16x8_{isa}"
+    assert cpu.kernel_name(GGMLType[name], "avx2") == f"dot_{name}_{activation}_16x4_avx2"
 
 
 def test_rows_describe_their_kernel() -> None:
@@ -42,5 +56,6 @@ def test_rows_describe_their_kernel() -> None:
 def test_types_without_kernels() -> None:
     for kind in set(GGMLType) - {GGMLType[name] for name in FORMATS}:
         assert not any(cpu.has_kernel(int(kind), isa) for isa in ISAS), kind.name
+        assert all(cpu.kernel_name(int(kind), isa) is None for isa in ISAS), kind.name
     with pytest.raises(ValueError, match="unknown"):
         cpu.has_kernel(0, "sse9")

@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
+from gguf.quants import IQ1_S
 from hybrid.kernels import cpu
 
 from hybrid.gguf import TRAITS, GGMLType
@@ -56,16 +57,15 @@ PACKED_FIELDS = {
     "IQ2_XXS": [("qs", 4), ("d", 2)],
     "IQ2_XS": [("qs", 4), ("scales", 4), ("d", 2)],
     "IQ3_XXS": [("qs", 4), ("signs", 4), ("d", 2)],
-    "IQ1_S": [("qs", 4), ("qh", 4), ("d", 2)],
     "IQ4_NL": [("qs", 4), ("d", 2)],
     "IQ3_S": [("qs", 4), ("qh", 4), ("signs", 4), ("scales", 4), ("d", 2)],
     "IQ2_S": [("qs", 4), ("qh", 4), ("scales", 4), ("d", 2)],
     "IQ4_XS": [("qs", 4), ("scales_l", 4), ("scales_h", 2), ("d", 2)],
-    "IQ1_M": [("qs", 4), ("qh", 4), ("scales", 4)],
     "TQ1_0": [("qs", 4), ("qh", 4), ("d", 2)],
     "TQ2_0": [("qs", 4), ("d", 2)],
     "MXFP4": [("qs", 4), ("e", 1)],
 }
+RECODED_BYTES = {"IQ1_S": 920, "IQ1_M": 1024}  # of a block of 16 rows
 FORMATS = sorted({row["format"] for row in cpu.kernel_rows()})
 
 
@@ -85,6 +85,9 @@ def restore_fifth_bits(words: np.ndarray) -> np.ndarray:
 def unpack(name: str, packed: np.ndarray, num_blocks: int) -> np.ndarray:
     """Packed groups to GGUF rows ``[groups * 16, num_blocks, block_bytes]``."""
     sizes = dict(BLOCK_FIELDS[name])
+    if name in RECODED:
+        rows = RECODED[name](packed.reshape(-1, RECODED_BYTES[name]))
+        return rows.reshape(-1, num_blocks, 16, rows.shape[-1]).transpose(0, 2, 1, 3)
     group_blocks = packed.reshape(-1, num_blocks, 16 * sum(sizes.values()))
     fields, start = {}, 0
     for field, unit in PACKED_FIELDS[name]:
@@ -96,8 +99,64 @@ def unpack(name: str, packed: np.ndarray, num_blocks: int) -> np.ndarray:
     return np.concatenate([fields[field] for field, _ in BLOCK_FIELDS[name]], axis=-1)
 
 
+def unpack_trits(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``uint8`` [N, 13, 16, 4] -> 256 trits of each row ``[N, 16, 256]`` and four to spare."""
+    values = planes.transpose(0, 2, 1, 3).reshape(-1, 16, 52).astype(np.uint16)
+    digits = [((values * 3**n) % 256 * 3) >> 8 for n in range(5)]
+    runs = [
+        np.concatenate([digit[..., a:b] for digit in digits], axis=-1)
+        for a, b in ((0, 32), (32, 48), (48, 52))
+    ]
+    trits = np.concatenate(runs, axis=-1).astype(np.uint8)
+    return trits[..., :256], trits[..., 256:]
+
+
+def grid_indices(trits: np.ndarray) -> np.ndarray:
+    """Trits ``[..., 256]`` -> the indices into the code book of IQ1 that name eight of them each."""
+    IQ1_S.init_grid()
+    assert IQ1_S.grid is not None
+    powers = 3 ** np.arange(8)
+    numbers = (IQ1_S.grid.reshape(2048, 8).astype(np.int64) + 1) @ powers
+    index_of = np.zeros(3**8, np.int64)
+    index_of[numbers] = np.arange(2048)
+    return index_of[trits.reshape(*trits.shape[:-1], 32, 8).astype(np.int64) @ powers]
+
+
+def unpack_iq1_s(blocks: np.ndarray) -> np.ndarray:
+    """Packed blocks ``[N, 920]`` -> GGUF blocks ``[N, 16, 50]``."""
+    trits, free = unpack_trits(blocks[:, :832].reshape(-1, 13, 16, 4))
+    index = grid_indices(trits).reshape(-1, 16, 8, 4)
+    scales = blocks[:, 832:880].reshape(-1, 3, 16).astype(np.int64)
+    scales = scales[:, 0] | scales[:, 1] << 8 | scales[:, 2] << 16
+    early = np.concatenate([blocks[:, 880:888] & 15, blocks[:, 880:888] >> 4], axis=1)
+    signs = np.concatenate([early[..., None] >> np.arange(4) & 1, free], axis=-1).astype(np.int64)
+    qh = (index >> 8 << 3 * np.arange(4)).sum(-1)
+    qh |= (scales[..., None] >> 3 * np.arange(8) & 7) << 12 | signs << 15
+    d = blocks[:, 888:].reshape(-1, 16, 2)
+    qs = index.astype(np.uint8).reshape(-1, 16, 32)
+    return np.concatenate([d, qs, qh.astype("<u2").view(np.uint8).reshape(-1, 16, 16)], axis=-1)
+
+
+def unpack_iq1_m(blocks: np.ndarray) -> np.ndarray:
+    """Packed blocks ``[N, 1024]`` -> GGUF blocks ``[N, 16, 56]``."""
+    trits, free = unpack_trits(blocks[:, :832].reshape(-1, 13, 16, 4))
+    assert not free.any()
+    index = grid_indices(trits)
+    words = blocks[:, 832:].reshape(-1, 3, 16, 4)
+    signs = np.unpackbits(words[:, 0], axis=-1, bitorder="little").reshape(-1, 16, 32)
+    nibbles = (index >> 8 | signs.astype(np.int64) << 3).astype(np.uint8)
+    qh = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    scales = words[:, 1:].transpose(0, 2, 1, 3).reshape(-1, 16, 8)
+    return np.concatenate([index.astype(np.uint8), qh, scales], axis=-1)
+
+
+RECODED = {"IQ1_S": unpack_iq1_s, "IQ1_M": unpack_iq1_m}
+
+
 def test_every_format_is_described() -> None:
-    assert set(FORMATS) == set(BLOCK_FIELDS) == set(PACKED_FIELDS)
+    assert set(FORMATS) == set(BLOCK_FIELDS) == set(PACKED_FIELDS) | set(RECODED)
+    for name, size in RECODED_BYTES.items():
+        assert 100 * size <= 115 * 16 * TRAITS[GGMLType[name]].block_bytes
 
 
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 40])
@@ -113,7 +172,8 @@ def test_layout_and_inverse(name: str, num_rows: int, pool: cpu.ThreadPool) -> N
         for b in range(2):
             matrix.pack_rows(pool, b, 0, num_rows, raw[b].ctypes.data)
         padded = -(-num_rows // 16) * 16
-        assert matrix.nbytes == 2 * padded * num_blocks * block_bytes
+        group_block_bytes = RECODED_BYTES.get(name, 16 * block_bytes)
+        assert matrix.nbytes == 2 * padded // 16 * num_blocks * group_block_bytes
         rows = unpack(name, packed_bytes(matrix), num_blocks).reshape(2, padded, num_blocks, block_bytes)
         np.testing.assert_array_equal(rows[:, :num_rows], raw)
         assert not rows[:, num_rows:].any()
