@@ -12,7 +12,7 @@ from hybrid.cli.main import main
 from hybrid.config import model_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OF_THE_API = ("generate", "stream", "chat", "logprobs", "structured")
+OF_THE_API = ("generate", "stream", "chat", "logprobs", "together", "structured")
 demo_model = pytest.mark.skipif(not model_path("demo").exists(), reason="this tree has no demo model file")
 
 
@@ -37,7 +37,7 @@ def test_on_the_demo_model(name, monkeypatch, capsys):
     run(name, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", ["generate", "stream", "logprobs"])
+@pytest.mark.parametrize("name", ["generate", "stream", "logprobs", "together"])
 def test_on_a_file(name, tiny, monkeypatch, capsys):
     run(name, monkeypatch, capsys, tiny)
 

@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        from hybrid.server.lifecycle import serve
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
     from hybrid.config import model_path
 
     path = model_path(args.model)
@@ -57,8 +61,6 @@ def run(args: argparse.Namespace) -> int:
             f"hybrid: warning: anybody who reaches {settings.host} can use this server; set --api-key",
             file=sys.stderr,
         )
-    from hybrid.server.lifecycle import serve
-
     return serve(settings, loader(args, settings))
 
 
@@ -66,12 +68,10 @@ def server_settings(args: argparse.Namespace, model_name: str) -> ServerSettings
     """What the flags say.
 
     Raises:
-        ConfigError: they contradict each other, or a package is not installed.
+        ConfigError: they contradict each other.
     """
-    try:
-        from hybrid.server.settings import ServerSettings
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
+    from hybrid.server.settings import ServerSettings
+
     return ServerSettings(
         host=args.host,
         port=args.port,

@@ -85,6 +85,7 @@ class Engine:
             for index in range(params.n)
         ]
         texts[0].siblings = texts[1:]
+        texts[0].reusable_keys()  # computed here, not on the engine's thread
         return texts[0]
 
     def add(self, sequence: Sequence) -> None:

@@ -184,7 +184,7 @@ class Scheduler:
     def _fork(self, sequence: Sequence, text: Sequence) -> None:
         """Let another text of a computed prompt begin: at once, sharing its full blocks and copying the last
         one, or, without a place or a block, later, computing what is not in the cache by then."""
-        text.started, text.num_cached_tokens = sequence.started, sequence.num_cached_tokens
+        text.begin_like(sequence)
         num_full, num_more = divmod(sequence.num_computed_tokens, BLOCK_SIZE)
         if (
             len(self.running) == self.config.max_num_seqs

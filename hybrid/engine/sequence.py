@@ -109,7 +109,6 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_published_blocks = 0
         self._keys = BlockKeys()
-        self._keys.first(self.num_prompt_tokens // BLOCK_SIZE, self.token_ids)
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
@@ -152,6 +151,11 @@ class Sequence:
         if self.prompt_logprobs is not None:
             return []
         return self._keys.first((len(self.token_ids) - 1) // BLOCK_SIZE, self.token_ids)
+
+    def begin_like(self, first: Sequence) -> None:
+        """Take over what is known of the prompt from the request's first text."""
+        self._keys = BlockKeys(first._keys.first(first.num_prompt_tokens // BLOCK_SIZE, first.token_ids))
+        self.started, self.num_cached_tokens = first.started, first.num_cached_tokens
 
     def computed_keys(self) -> list[bytes]:
         """Keys of the full blocks that are computed."""

@@ -228,7 +228,7 @@ class EngineThread:
         now = time.perf_counter()
         late = [
             request
-            for request in self._open.values()
+            for request in list(self._open.values())  # others add to it meanwhile
             if request.waits and now - request.sequence.arrived > longest_s
         ]
         for request in late:

@@ -18,8 +18,8 @@ class BlockKeys:
     purpose, and 2**64 blocks would do so by chance.
     """
 
-    def __init__(self) -> None:
-        self._keys: list[bytes] = []
+    def __init__(self, known: Sequence[bytes] = ()) -> None:
+        self._keys = list(known)
 
     def first(self, count: int, token_ids: Sequence[int]) -> list[bytes]:
         """Keys of the first ``count`` blocks of ``token_ids``, which only ever grows at its end."""

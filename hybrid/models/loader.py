@@ -18,6 +18,10 @@ from hybrid.moe.reduction import ExpertCount
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
 
+# A recording keeps every intermediate result, 57 MB a sequence for DeepSeek-V3, and there is one for each
+# number of sequences; the more there are, the less the time of Python matters.
+_MOST_RECORDED_SEQS = 4
+
 
 class Model:
     """A loaded model: hidden states from token ids, logits from hidden states.
@@ -92,10 +96,12 @@ class Model:
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Logits float32 ``[S, vocab]`` after one new token for each of ``S`` sequences.
 
-        Where the whole model is on a device that records, Python runs the first such step only.
+        Where the whole model is on a device that records, Python runs only the first such step of each small
+        number of sequences.
         """
         backends = list(self._backends.values())
-        if len(backends) > 1 or not (backends[0].can_record and self._network.can_record):
+        recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
+        if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
             return self.compute_logits(self.forward(token_ids, batch))
         step = self._decode_steps.get(len(token_ids))
         if step is None:

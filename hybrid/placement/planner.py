@@ -85,8 +85,9 @@ class Planner:
     def plan(self, size: RunSize, *, fit: bool = False) -> Plan:
         """See `plan`."""
         found = self.draft(size)
-        if size.kv_cache_tokens is None and _missing(found):
-            found = self.draft(self.with_smaller_cache(size))
+        if _missing(found) and size.kv_cache_tokens is None and size.max_num_seqs > 1:
+            smaller = self.draft(self.with_smaller_cache(size))
+            found = found if _missing(smaller) else smaller
         if fit and _missing(found):
             found = self.draft(self.largest_fitting(size))
         if _missing(found):

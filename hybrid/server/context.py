@@ -23,6 +23,7 @@ from hybrid.server.settings import ServerSettings
 T = TypeVar("T")
 
 _RENDER_THREADS = 2
+_MIN_RENDERING = 64  # may wait for these threads, however short the engine's queue is
 _MAX_RETRY_AFTER_S = 120
 
 
@@ -130,7 +131,7 @@ class ServerContext:
         Raises:
             ApiError: 429 too many wait already, 503 it took too long.
         """
-        if self._rendering >= self.settings.max_queue + _RENDER_THREADS:
+        if self._rendering >= max(self.settings.max_queue, _MIN_RENDERING):
             raise self.busy(self._rendering)
         self._rendering += 1
         try:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid.errors import ContextLengthError, RequestError, TokenizerError
+from hybrid.errors import CapacityError, ContextLengthError, RequestError, TokenizerError
 from hybrid.log import get_logger
 from hybrid.server.json_response import json_response
 
@@ -82,7 +82,7 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, ContextLengthError):
         sizes = {"n_prompt_tokens": error.num_prompt_tokens, "n_ctx": error.max_model_len}
         return ApiError(
-            400, str(error), type="exceed_context_size_error", param="messages",
+            400, str(error), type="exceed_context_size_error", param=error.field,
             code="context_length_exceeded", extra=sizes,
         )  # fmt: skip
     if isinstance(error, RequestError):
@@ -90,8 +90,9 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, TokenizerError):
         return ApiError(400, str(error), param="messages")
     logger.error("a request failed", exc_info=error)
-    if isinstance(error, MemoryError):
-        return ApiError(503, "out of memory for this request", type=SERVER_ERROR, code="out_of_memory")
+    if isinstance(error, MemoryError | CapacityError):
+        text = str(error) or "out of memory for this request"
+        return ApiError(503, text, type=SERVER_ERROR, code="out_of_memory")
     return ApiError(500, f"internal error: {type(error).__name__}", type=SERVER_ERROR, code="internal_error")
 
 

@@ -253,6 +253,33 @@ def test_a_full_queue_refuses(make_llm):
     asyncio.run(main())
 
 
+def test_two_hundred_clients_of_a_queue_of_32(make_llm):
+    """Good answers or refusals, nothing else; every answer is that of its own prompt."""
+
+    async def main():
+        llm = make_llm(max_queue=32, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_tokens=512)
+        model = engine_of(llm).model
+
+        async def client(n):
+            prompt = [n % 50, n // 50, *range(n % 40)]
+            try:
+                _, ids, _ = await collect(llm.generate(NumberTokenizer().decode(prompt), GREEDY))
+            except QueueFullError:
+                return None
+            tokens = list(prompt)
+            for token_id in ids:
+                assert token_id == int(model.reference_logits(tokens).argmax())
+                tokens.append(token_id)
+            return len(ids)
+
+        answers = await asyncio.gather(*(client(n) for n in range(200)))
+        assert set(answers) == {12, None}
+        assert answers.count(12) >= 40
+        await idle(llm)
+
+    asyncio.run(main())
+
+
 def test_waiting_too_long_ends_the_request(make_llm):
     async def main():
         llm = make_llm(max_queue_wait_s=0.05, seconds=0.01, max_model_len=4000)

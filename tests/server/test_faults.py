@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from hybrid.errors import CapacityError, QueueTimeoutError
 from hybrid.server import respond
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -132,6 +133,14 @@ def test_a_full_queue(serve):
     streams[0].drop()
 
 
+def test_a_request_that_waits_too_long(serve):
+    server = serve(fail_at={-1: QueueTimeoutError(3, 12.5)})
+    answer = httpx.post(server.url + TEXT, json={"prompt": "A"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout")
+    assert "12.5 s" in answer.json()["error"]["message"]
+    assert "retry-after" in answer.headers
+
+
 def test_several_prompts_fail_together(serve, eventually):
     """One of them does not fit: no other goes on for nobody."""
     server = serve(pieces=MANY, step_s=0.01)
@@ -140,11 +149,11 @@ def test_several_prompts_fail_together(serve, eventually):
     eventually(lambda: not server.engine.running)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), MemoryError(), RecursionError()])
+@pytest.mark.parametrize("error", [ValueError("x"), MemoryError(), RecursionError(), CapacityError("x")])
 def test_a_request_that_fails_alone(serve, error):
     server = serve(fail_at={1: error})
     answer = httpx.post(server.url + TEXT, json={"prompt": "A"})
-    assert answer.status_code == (503 if isinstance(error, MemoryError) else 500)
+    assert answer.status_code == (503 if isinstance(error, MemoryError | CapacityError) else 500)
     assert answer.json()["error"]["type"] == "server_error"
     server.engine.fail_at.clear()
     assert httpx.post(server.url + TEXT, json={"prompt": "A"}).status_code == 200

@@ -156,6 +156,20 @@ def test_flags_that_are_wrong(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("package", "command"), [("fastapi", "serve"), ("uvicorn", "serve"), ("h11", "bench-serve")]
+)
+def test_packages_that_are_not_installed(package, command):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from hybrid.cli.main import main;"
+        f"sys.exit(main([{command!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"the package {package}: pip install 'hybrid-moe[server]'" in done.stderr
+
+
 def test_it_warns_of_an_open_door(process):
     server = process("-m", "hybrid", "serve", "--host", "0.0.0.0", "--port", "0")
     assert "anybody who reaches 0.0.0.0 can use this server; set --api-key" in server.text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -65,3 +66,29 @@ def settled(server, eventually):
 
     eventually(quiet, 30)
     time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_drain_under_load(process, eventually):
+    """Streams of the real engine that are under way finish; the process ends with 0."""
+    server = process("-m", "hybrid", "serve", "--port", 0, "-t", 2, "-np", 4).wait_ready()
+    streams = [[] for _ in range(8)]  # four run, four wait
+
+    def read(number):
+        body = {"prompt": f"Story {number}:", "stream": True, "max_tokens": 150, "ignore_eos": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            streams[number].extend(answer.iter_lines())
+
+    threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: "num_requests_running 4.0" in httpx.get(f"{server.url}/metrics").text, 30)
+    server.process.terminate()
+    eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+    for thread in threads:
+        thread.join(60)
+    for lines in streams:
+        assert lines[-2] == "data: [DONE]"
+        assert '"finish_reason":"length"' in lines[-4]
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.text()
