@@ -77,7 +77,8 @@ class RequestMetrics:
     Attributes:
         queue_s: until the first step that worked on it.
         prompt_s: from there until its prompt was computed and the first token chosen.
-        generation_s: from there until the last token.
+        generation_s: from there until the last token; of all completions.
+        num_cached_tokens: tokens of the prompt that were in the cache and not computed again.
     """
 
     num_prompt_tokens: int
@@ -85,6 +86,7 @@ class RequestMetrics:
     queue_s: float | None = None
     prompt_s: float | None = None
     generation_s: float | None = None
+    num_cached_tokens: int = 0
 
     @property
     def first_token_s(self) -> float | None:
@@ -95,7 +97,8 @@ class RequestMetrics:
 
     @property
     def prompt_tokens_per_s(self) -> float | None:
-        return self.num_prompt_tokens / self.prompt_s if self.prompt_s else None
+        """Rate of the tokens that were computed."""
+        return (self.num_prompt_tokens - self.num_cached_tokens) / self.prompt_s if self.prompt_s else None
 
     @property
     def generated_tokens_per_s(self) -> float | None:

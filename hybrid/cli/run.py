@@ -136,8 +136,9 @@ def summary(output: RequestOutput) -> str:
     metrics, completion = output.metrics, output.outputs[0]
     if metrics is None:
         return f"prompt {len(output.prompt_token_ids)} tokens; stopped before the first token"
+    cached = f", {metrics.num_cached_tokens} of them cached" if metrics.num_cached_tokens else ""
     return (
-        f"prompt {_rate(metrics.num_prompt_tokens, metrics.prompt_tokens_per_s)}; "
+        f"prompt {_rate(metrics.num_prompt_tokens, metrics.prompt_tokens_per_s)}{cached}; "
         f"generated {_rate(metrics.num_generated_tokens, metrics.generated_tokens_per_s)}; "
         f"finished: {completion.finish_reason}"
     )

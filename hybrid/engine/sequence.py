@@ -194,6 +194,7 @@ class Sequence:
             queue_s=_difference(self.arrived, self.started),
             prompt_s=_difference(self.started, self.first_token),
             generation_s=_difference(self.first_token, self.last_token),
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 

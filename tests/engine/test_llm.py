@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import gc
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -227,10 +227,18 @@ def test_leaving_a_stream_ends_its_request(make_llm):
     assert len(text_of(llm.generate("hello", GREEDY))[0]) == 12
 
 
-def test_ctrl_c_leaves_the_engine_usable(make_llm):
+@pytest.fixture
+def ctrl_c():
+    """Sends the main thread a Ctrl-C. In background jobs of a shell it is ignored unless a handler is set."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_leaves_the_engine_usable(make_llm, ctrl_c):
     llm = make_llm()
     expected = text_of(llm.generate(["hello", "you"], GREEDY))
-    engine_of(llm).model.on_forward(3, _thread.interrupt_main)
+    engine_of(llm).model.on_forward(3, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["hello", "you"], SamplingParams(temperature=0, ignore_eos=True))
     wait_until(lambda: llm.stats().num_requests_running + llm.stats().num_requests_waiting == 0)
@@ -238,10 +246,10 @@ def test_ctrl_c_leaves_the_engine_usable(make_llm):
     assert text_of(llm.generate(["hello", "you"], GREEDY)) == expected
 
 
-def test_an_interrupted_stream_goes_on(make_llm):
+def test_an_interrupted_stream_goes_on(make_llm, ctrl_c):
     llm = make_llm()
     expected = text_of(llm.generate("hello", GREEDY))[0]
-    engine_of(llm).model.on_forward(2, _thread.interrupt_main)
+    engine_of(llm).model.on_forward(2, ctrl_c)
     engine_of(llm).model.seconds = 0.02
     stream, texts = llm.stream("hello", GREEDY), []
     with pytest.raises(KeyboardInterrupt):

@@ -184,6 +184,9 @@ def test_a_second_turn_computes_only_what_is_new(make_engine, run_engine):
     assert cached(outputs) == 299 // BLOCK_SIZE * BLOCK_SIZE  # the last token written is never computed
     assert engine.model.num_computed - before == len(second) - cached(outputs) + 7
     assert ids(outputs) == reference(engine.model, second, 8)
+    metrics = outputs[-1].metrics
+    assert metrics.num_cached_tokens == cached(outputs)
+    assert metrics.prompt_tokens_per_s == pytest.approx((len(second) - cached(outputs)) / metrics.prompt_s)
     counters = engine.scheduler.counters
     assert (counters.prefix_cache_queries, counters.prefix_cache_hits) == (530, cached(outputs))
 
