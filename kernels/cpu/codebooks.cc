@@ -1109,7 +1109,6 @@ constexpr TritTables kTrits = [] {
     int x = byte;
     for (int n = 0; n < 4; ++n, x = x * 3 & 255) tables.four[byte] |= static_cast<uint8_t>(x * 3 >> 8 << (2 * n));
     tables.fifth[byte] = static_cast<uint8_t>(x * 3 >> 8);
-    tables.fifth_times8[byte] = static_cast<uint8_t>(8 * tables.fifth[byte]);
   }
   return tables;
 }();

@@ -26,9 +26,9 @@ extern const Planes<1024> kPlanesIQ2S;
 extern const Planes<256> kPlanesIQ3XXS;
 extern const Planes<512> kPlanesIQ3S;
 
-// Trits of a byte (formats_plain.inc): 0-3 as fields of 2 bits, and 4, also times 8.
+// Trits of a byte (formats_plain.inc): 0-3 as fields of 2 bits, and 4.
 struct alignas(64) TritTables {
-  uint8_t four[256], fifth[256], fifth_times8[256];
+  uint8_t four[256], fifth[256];
 };
 extern const TritTables kTrits;
 

@@ -174,7 +174,8 @@ struct Avx2 {
   }
   template <bool kSigned>
   static __m256i product4(__m256i codes, __m256i x) {
-    return kSigned ? _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes)) : _mm256_maddubs_epi16(codes, x);
+    if (!kSigned) return _mm256_maddubs_epi16(codes, x);
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
   }
   static I factor(I scale) { return pair16(scale, scale); }
   static I factor_one() { return set1(0x10001u); }

@@ -48,7 +48,8 @@ struct V {
   // Bytes of `low` and, above them, of `high`.
   static void store_index(uint16_t (&p)[16][4], const I& low, const I& high) {
     for (int i = 0; i < 16; ++i)
-      for (int b = 0; b < 4; ++b) p[i][b] = static_cast<uint16_t>((low.l[i] >> (8 * b) & 0xff) | (high.l[i] >> (8 * b) & 0xff) << 8);
+      for (int b = 0; b < 4; ++b)
+        p[i][b] = static_cast<uint16_t>((low.l[i] >> (8 * b) & 0xff) | (high.l[i] >> (8 * b) & 0xff) << 8);
   }
   // Byte b of lane i to [i / 8][b][i % 8].
   static void store_bytes(uint8_t (&p)[2][4][8], const I& a) {

@@ -69,6 +69,12 @@ def brute_force(file: GGUFFile) -> int:
     return total
 
 
+def recoding_bytes(file: GGUFFile) -> int:
+    """What packing IQ1_S adds: 920 bytes for 16 rows of a block in place of 800. All is on the CPU."""
+    shapes = [info.shape for info in file.tensors.values() if info.type.name == "IQ1_S"]
+    return sum(math.prod(shape) // 256 // 16 * 120 for shape in shapes)
+
+
 @pytest.fixture(scope="module", params=MIXES)
 def opened(request, headers):
     """Name of the mix, and its file."""
@@ -95,7 +101,8 @@ def test_bytes_on_each_device(opened, gib, nodes, context):
     cpu, gpu = found.memory["cpu"], found.memory["cuda:0"]
     assert gpu.weights_bytes == GPU_BYTES[mix][context]
     copies = 2 if numa == "replicate" else 1
-    assert cpu.weights_bytes == (TOTAL_BYTES[mix] - gpu.weights_bytes) * copies
+    on_cpu = TOTAL_BYTES[mix] - gpu.weights_bytes + recoding_bytes(file)
+    assert cpu.weights_bytes == on_cpu * copies
     assert {p.numa for p in found.placements.values() if p.device == "cpu"} == {numa}
     assert (gpu.kv_cache_bytes, cpu.kv_cache_bytes) == (CACHE_BYTES[context], 0)
     assert gpu.total_bytes <= 24 * GIB and cpu.total_bytes <= gib * GIB
@@ -148,7 +155,7 @@ def test_rules_that_overfill_a_gpu_are_refused(headers):
 
 
 def test_fitting_shortens_the_context_to_the_longest_that_fits(headers):
-    small = Machine((Device("cpu", 150 * GIB),), num_threads=8)
+    small = Machine((Device("cpu", 160 * GIB),), num_threads=8)
     with GGUFFile.open(headers / "IQ1_S", header_only=True) as file:
         with pytest.raises(CapacityError, match=r"a context of (\d+) tokens \(-c \1\)"):
             plan(file, machine=small, size=RunSize(163840))
