@@ -72,6 +72,7 @@ class Op:
         test_shapes: small, with every branch; run in float32 and float16 by the interpreter, in bfloat16 on
         a device.
         production_shapes: what models have; compiled ahead of time and timed.
+        any_dtype: whether arguments have a type that models choose; otherwise one type is tested.
         work: least traffic and arithmetic of a shape, the benchmark's roofline.
     """
 
@@ -84,6 +85,7 @@ class Op:
     production_shapes: tuple[Shape, ...]
     work: Callable[[Shape], Work]
     changed: tuple[str, ...] = ()
+    any_dtype: bool = True
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

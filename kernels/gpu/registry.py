@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybrid.kernels.gpu import cache_append, rms_norm, rotary, swiglu
+from hybrid.kernels.gpu import cache_append, gemv, gemv_float, quantize_activations, rms_norm, rotary, swiglu
 from hybrid.kernels.gpu.op import Op
 
-MODULES = (rms_norm, rotary, swiglu, cache_append)
+MODULES = (rms_norm, rotary, swiglu, cache_append, quantize_activations, gemv, gemv_float)
 
 OPS: dict[str, Op] = {op.name: op for module in MODULES for op in module.OPS}
