@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hybrid.kernels.gpu.formats import Format
+from hybrid.kernels.gpu.formats import Format, QuantizedMatrix, join_planes
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -130,3 +130,10 @@ def magnitudes(fmt: Format, blocks: torch.Tensor) -> torch.Tensor:
     """``|scaled| + |minimum|``: what errors of products with the weights are in proportion to."""
     scaled, minimum = BLOCKS[fmt.name](blocks)
     return scaled.abs() + minimum.abs()
+
+
+def dense(weight: QuantizedMatrix, *, magnitude: bool = False) -> torch.Tensor:
+    """Weights, or `magnitudes` of them, as float32 ``[batch, rows, cols]``."""
+    blocks = join_planes(weight.format, weight.data, weight.num_blocks)
+    values = (magnitudes if magnitude else dequantize_blocks)(weight.format, blocks)
+    return values.reshape(weight.batch, weight.rows, weight.cols)

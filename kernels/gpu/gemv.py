@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from hybrid.kernels.gpu.decode import dot4
-from hybrid.kernels.gpu.dequantize_torch import dequantize_blocks, magnitudes
-from hybrid.kernels.gpu.formats import FORMATS, QuantizedMatrix, join_planes
+from hybrid.kernels.gpu.dequantize_torch import dense
+from hybrid.kernels.gpu.formats import FORMATS, QuantizedMatrix
 from hybrid.kernels.gpu.launch import Launch, Plan, check, check_tensor
 from hybrid.kernels.gpu.op import EPS32, Make, Op, Shape, Work
 from hybrid.kernels.gpu.quantize_activations import ACTIVATION_BLOCK, SUM_BLOCK, quantize_activations_torch
@@ -179,13 +179,6 @@ def gemv(
     return plan_gemv(target_of(x_codes.device), x_codes, x_scales, x_sums, weight, ids).run()[0]
 
 
-def dense(weight: QuantizedMatrix, *, magnitude: bool = False) -> torch.Tensor:
-    """Weights, or `magnitudes` of them, as float32 ``[batch, rows, cols]``."""
-    blocks = join_planes(weight.format, weight.data, weight.num_blocks)
-    values = (magnitudes if magnitude else dequantize_blocks)(weight.format, blocks)
-    return values.reshape(weight.batch, weight.rows, weight.cols)
-
-
 def _dot(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     if ids is None:
         return x @ weights[0].double().T
@@ -263,7 +256,11 @@ def _op(fmt: str) -> Op:
         production_shapes=(
             {"format": fmt, "num_tokens": 1, "rows": 18432, "cols": 7168},
             {"format": fmt, "num_tokens": 16, "rows": 10944, "cols": 2048},
-            *({"format": f, "num_tokens": 1, "rows": 2048, "cols": 7168, "batch": 8, "slots": 8} for f in _STACKS if f == fmt),
+            *(
+                {"format": f, "num_tokens": 1, "rows": 2048, "cols": 7168, "batch": 8, "slots": 8}
+                for f in _STACKS
+                if f == fmt
+            ),
         ),
         work=_work,
         any_dtype=False,

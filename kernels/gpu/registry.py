@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from hybrid.kernels.gpu import cache_append, gemv, gemv_float, quantize_activations, rms_norm, rotary, swiglu
+from hybrid.kernels.gpu import (
+    cache_append,
+    expand,
+    gemm,
+    gemv,
+    gemv_float,
+    quantize_activations,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from hybrid.kernels.gpu.op import Op
 
-MODULES = (rms_norm, rotary, swiglu, cache_append, quantize_activations, gemv, gemv_float)
+MODULES = (
+    rms_norm,
+    rotary,
+    swiglu,
+    cache_append,
+    quantize_activations,
+    gemv,
+    gemv_float,
+    expand,
+    gemm,
+    mla_attention,
+)
 
 OPS: dict[str, Op] = {op.name: op for module in MODULES for op in module.OPS}
