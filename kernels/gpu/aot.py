@@ -79,7 +79,7 @@ def key(launch: Launch) -> str:
     """Equal for launches that compile to the same code."""
     signature, constants, attributes = specialisation(launch)
     shown = {k: getattr(v, "__name__", v) for k, v in constants.items()}
-    options = launch.num_warps, launch.num_stages
+    options = launch.options()
     return f"{launch.kernel.__name__} {signature} {shown} {sorted(attributes)} {options}"
 
 
@@ -87,8 +87,8 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Machine code of a launch for a target; needs no device and no driver."""
     signature, constants, attributes = specialisation(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
+    device = GPUTarget("cuda", target.capability, 32)
+    compiled = triton.compile(source, target=device, options=launch.options())
     cubin = bytes(compiled.asm["cubin"])
     usage = _cuobjdump(cubin, "--dump-resource-usage")
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

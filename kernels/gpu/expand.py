@@ -90,7 +90,9 @@ def expand_kernel(
         cols = part_columns(HALF, begin, p, UNITS)
         unit = begin + tl.arange(0, 32 * UNITS) // 32
         at = out + row[:, None].to(tl.int64) * units * (32 * PARTS) + cols[None, :]
-        tl.store(at, values.to(out.dtype.element_ty), mask=there[:, None] & (unit < units)[None, :])
+        tl.store(
+            at, values.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (unit < units)[None, :]
+        )
 
 
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:

@@ -158,6 +158,7 @@ def plan_gemm(
         },
         num_warps=4,
         num_stages=2,
+        max_registers=255,
     )
     return Plan((launch,), (out,))
 

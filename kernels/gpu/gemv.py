@@ -155,6 +155,7 @@ def plan_gemv(
             **config,
         },
         num_warps=8,
+        max_registers=80 if config["TOKENS"] > 1 else None,
     )
     return Plan((launch,), (out,))
 

@@ -18,7 +18,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with its grid and arguments by name; ``constants`` are compiled in."""
+    """One kernel with its grid and arguments by name; ``constants`` are compiled in.
+
+    ``max_registers`` of a thread: ptxas's own choice now and then spills a word to run one more program.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -26,11 +29,17 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        given = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return given if self.max_registers is None else {**given, "maxnreg": self.max_registers}
 
     def run(self) -> None:
         if 0 in self.grid:
             return
-        options = {} if INTERPRETED else {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {} if INTERPRETED else self.options()
         self.kernel[self.grid](**self.args, **self.constants, **options)
 
 

@@ -5,7 +5,7 @@ never made. The cache
 is paged: a row's slot is ``block_table[position // 64] * 64 + position % 64``.
 
 Decoding cuts the keys into splits of 512, so that few sequences fill the GPU; splits are merged in ascending
-order. A prompt takes its keys in one ascending pass. Both go in tiles of 32 keys from key 0 of a split,
+order. A prompt takes its keys in one ascending pass. Both go in tiles of 32 or 16 keys from key 0 of a split,
 whatever else is in the batch: a token's result is the same bits alone and in any batch, and however a prompt
 is cut.
 """
@@ -161,9 +161,13 @@ def mla_merge_kernel(
 
 
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
-    """16 heads by 32 keys: with 512 + 64 columns hardly more fits 99 KiB. A prompt takes two tokens at once."""
+    """16 heads by 32 keys: with 512 + 64 columns hardly more fits 99 KiB. Prompts take two tokens at once."""
     decode = shape["decode"]
-    return {"TOKENS": 1 if decode else 2, "HEADS": 16, "KEYS": 32, "SPLIT": SPLIT if decode else 0}
+    large = target.shared_bytes > 99 << 10 and not shape["quantized"]
+    config = {"HEADS": 16, "KEYS": 32 if decode or large else 16, "num_warps": 8}
+    if decode:
+        return {**config, "TOKENS": 1, "SPLIT": SPLIT, "num_warps": 8 if shape["quantized"] else 4}
+    return {**config, "TOKENS": 2, "SPLIT": 0}
 
 
 def plan_mla_attention(
@@ -198,7 +202,8 @@ def plan_mla_attention(
     check_tensor(op, "block_tables", block_tables, tables, (torch.int32,), device, contiguous=False)
     check(block_tables.stride(-1) == 1, op, "contiguous block tables", block_tables.stride())
     check_tensor(op, "kv_lens", kv_lens, (num_tokens,), (torch.int32,), device)
-    config = launch_config({"decode": decode, "latent": latent}, q_latent.dtype, target)
+    config = launch_config({"decode": decode, "quantized": scales is not None}, q_latent.dtype, target)
+    num_warps = config.pop("num_warps")
     num_splits = triton.cdiv(block_tables.shape[-1] * BLOCK_SIZE, SPLIT) if decode else 1
     out = torch.empty_like(q_latent)
     parts, sums = out, None
@@ -225,7 +230,7 @@ def plan_mla_attention(
         triton.cdiv(num_tokens, config["TOKENS"]),
     )
     grid = (head_blocks, token_blocks, num_splits)
-    launches = [Launch(mla_attention_kernel, grid, args, constants, num_warps=4 if decode else 8)]
+    launches = [Launch(mla_attention_kernel, grid, args, constants, num_warps=num_warps)]
     if decode:
         merge = {"parts": parts, "sums": sums, "kv_lens": kv_lens, "out": out, "num_heads": num_heads}
         constants = {"LATENT": latent, "SPLIT": SPLIT}
@@ -363,7 +368,7 @@ def _shape(
 
 def _op(decode: bool, cache: str) -> Op:
     small, real = (64, 32), (512, 64)
-    lens = ((1, 70, 513), (32, 1025)) if decode else ((3,), (70,))
+    lens = ((1, 513), (40,)) if decode else ((3,), (70,))
     batches = ((16, 16, 32768), (8, 128, 32768)) if decode else ((2048, 128, 2048), (2048, 16, 2048))
     return Op(
         name=f"mla_{'decode' if decode else 'prefill'}_{cache}",

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from hybrid.kernels.gpu import (
-    cache_append,
-    expand,
-    gemm,
-    gemv,
-    gemv_float,
-    quantize_activations,
-    rms_norm,
-    rotary,
-    swiglu,
-)
+from importlib import import_module
+
 from hybrid.kernels.gpu.op import Op
 
 MODULES = (
-    rms_norm,
-    rotary,
-    swiglu,
-    cache_append,
-    quantize_activations,
-    gemv,
-    gemv_float,
-    expand,
-    gemm,
-    mla_attention,
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "cache_append",
+    "quantize_activations",
+    "gemv",
+    "gemv_float",
+    "expand",
+    "gemm",
+    "mla_attention",
+    "route",
+    "sampling",
+    "unpack",
 )
 
-OPS: dict[str, Op] = {op.name: op for module in MODULES for op in module.OPS}
+OPS: dict[str, Op] = {
+    op.name: op for name in MODULES for op in import_module(f"hybrid.kernels.gpu.{name}").OPS
+}
