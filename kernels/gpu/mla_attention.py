@@ -163,11 +163,12 @@ def mla_merge_kernel(
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
     """16 heads by 32 keys: with 512 + 64 columns hardly more fits 99 KiB. Prompts take two tokens at once."""
     decode = shape["decode"]
-    large = target.shared_bytes > 99 << 10 and not shape["quantized"]
-    config = {"HEADS": 16, "KEYS": 32 if decode or large else 16, "num_warps": 8}
-    if decode:
-        return {**config, "TOKENS": 1, "SPLIT": SPLIT, "num_warps": 8 if shape["quantized"] else 4}
-    return {**config, "TOKENS": 2, "SPLIT": 0}
+    quantized = shape["quantized"]  # codes on their way to numbers take registers
+    if decode or quantized:
+        split, num_warps = SPLIT if decode else 0, 8 if quantized else 4
+        return {"TOKENS": 1, "HEADS": 16, "KEYS": 32, "SPLIT": split, "num_warps": num_warps}
+    keys = 32 if target.shared_bytes > 99 << 10 else 16
+    return {"TOKENS": 2, "HEADS": 16, "KEYS": keys, "SPLIT": 0, "num_warps": 8}
 
 
 def plan_mla_attention(

@@ -127,7 +127,7 @@ def unpack(name: str, batch: int, rows: int, cols: int, packed: torch.Tensor) ->
 
 
 def unpack_blocks_torch(fmt: Format, batch: int, rows: int, cols: int, packed: torch.Tensor) -> torch.Tensor:
-    """GGUF blocks ``[batch, rows, blocks, block_bytes]`` of packed rows, from the statement of their layout."""
+    """GGUF blocks ``[batch, rows, blocks, block_bytes]``, from the statement of the packed layout alone."""
     num_blocks, groups = cols // fmt.block_cols, triton.cdiv(rows, GROUP_ROWS)
     source = packed.reshape(batch, groups, num_blocks, GROUP_ROWS * fmt.block_bytes)
     out = torch.empty(batch, groups, GROUP_ROWS, num_blocks, fmt.block_bytes, dtype=torch.uint8)
