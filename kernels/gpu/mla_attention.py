@@ -171,6 +171,15 @@ def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str,
     return {"TOKENS": 2, "HEADS": 16, "KEYS": keys, "SPLIT": 0, "num_warps": 8}
 
 
+def merge_launch(parts: torch.Tensor, sums: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor) -> Launch:
+    """Splits ``[T, heads, splits, dim]`` with their maxima and sums to ``[T, heads, dim]``."""
+    num_tokens, num_heads, num_splits, dim = parts.shape
+    args = {"parts": parts, "sums": sums, "kv_lens": kv_lens, "out": out}
+    counts = {"num_heads": num_heads, "num_splits": num_splits}
+    constants = {"LATENT": dim, "SPLIT": SPLIT}
+    return Launch(mla_merge_kernel, (num_tokens * num_heads,), {**args, **counts}, constants, num_warps=1)
+
+
 def plan_mla_attention(
     target: Target,
     q_latent: torch.Tensor,
@@ -232,18 +241,8 @@ def plan_mla_attention(
     )
     grid = (head_blocks, token_blocks, num_splits)
     launches = [Launch(mla_attention_kernel, grid, args, constants, num_warps=num_warps)]
-    if decode:
-        merge = {"parts": parts, "sums": sums, "kv_lens": kv_lens, "out": out, "num_heads": num_heads}
-        constants = {"LATENT": latent, "SPLIT": SPLIT}
-        launches.append(
-            Launch(
-                mla_merge_kernel,
-                (num_tokens * num_heads,),
-                {**merge, "num_splits": num_splits},
-                constants,
-                num_warps=1,
-            )
-        )
+    if sums is not None:
+        launches.append(merge_launch(parts, sums, kv_lens, out))
     return Plan(tuple(launches), (out,))
 
 

@@ -17,6 +17,7 @@ MODULES = (
     "expand",
     "gemm",
     "mla_attention",
+    "gqa_attention",
     "route",
     "sampling",
     "unpack",
