@@ -40,7 +40,7 @@ def mass_above(row, vocab, threshold, largest, inverse, COUNT: tl.constexpr, BLO
     for begin in range(0, vocab, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
-        weight = x * 0.0 + 1.0 if COUNT else tl.exp((x - largest) * inverse)
+        weight = tl.full([BLOCK], 1.0, tl.float32) if COUNT else tl.exp((x - largest) * inverse)
         total += tl.where((x >= threshold) & (at < vocab), weight, 0.0)
     return tl.sum(total, axis=0)
 
