@@ -177,6 +177,7 @@ VARIABLES: dict[str, EnvVar] = {
         "a name `hybrid doctor` lists",
         "CPU kernels: scalar, avx2, avxvnni, avx512vnni or avx512vbmi (default: the best)",
     ),
+    "HYBRID_DEVICE": EnvVar(str, "a device", "device whose kernels are measured"),
     # Generation.
     "HYBRID_N_PREDICT": EnvVar(integer(-1), "an integer >= 1, or -1", "tokens to write; -1 = no limit"),
     "HYBRID_TEMP": EnvVar(float, _NUMBER, "temperature; 0 = greedy"),

@@ -1,5 +1,7 @@
 """Every row of the kernel table, checked and then timed beside what the machine can do at most.
 
+The CPU's rows are here; those of a GPU, which follow its registry, in `hybrid.kernels.gpu.bench`.
+
 Decoding is bound by reading weights, prompts by int8 products: a row with one token stands beside the read
 bandwidth of RAM, one with many beside the rate of int8 products, both measured in the same run.
 """

@@ -79,3 +79,9 @@ def test_the_int8_rate_is_that_of_products_done():
     assert all(1e6 < rate < 1e13 for rate in rates.values()), rates
     with pytest.raises(ValueError, match="a positive time"):
         cpu.measure_int8_rate(cpu.ThreadPool(1), 0.0)
+
+
+def test_without_a_gpu_its_kernels_are_not_measured(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench-kernels", "--device", "cuda"]) == 2
+    assert "needs a GPU: torch finds no CUDA device here" in capsys.readouterr().err
