@@ -11,12 +11,48 @@ class KernelRow(TypedDict):
     supported: bool
 
 class ThreadPool:
-    def __init__(self, num_threads: int, cpus: list[int] = ...) -> None: ...
+    def __init__(self, num_threads: int, cpus: list[int] = ..., groups: list[int] = ...) -> None: ...
     @property
     def num_threads(self) -> int: ...
+    @property
+    def num_groups(self) -> int: ...
+    def split(self, num_units: int) -> list[int]: ...
+
+class NumaNode(TypedDict):
+    node: int
+    cpus: list[int]
+    cores: list[int]
+    memory_allowed: bool
+    total_bytes: int
+    free_bytes: int
+    available_bytes: int
+
+class PageCount(TypedDict):
+    pages: dict[int, int]
+    absent: int
+    method: str
+    problem: str
+
+class MatrixPart(TypedDict):
+    node: int
+    address: int
+    nbytes: int
+    batch: tuple[int, int]
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    problem: str
 
 class PackedMatrix:
-    def __init__(self, ggml_type: int, batch: int, rows: int, cols: int) -> None: ...
+    def __init__(
+        self,
+        ggml_type: int,
+        batch: int,
+        rows: int,
+        cols: int,
+        division: str = ...,
+        nodes: list[int] = ...,
+        cuts: list[int] = ...,
+    ) -> None: ...
     @property
     def ggml_type(self) -> int: ...
     @property
@@ -29,6 +65,10 @@ class PackedMatrix:
     def nbytes(self) -> int: ...
     @property
     def address(self) -> int: ...
+    @property
+    def division(self) -> str: ...
+    @property
+    def parts(self) -> list[MatrixPart]: ...
     def pack_rows(
         self, pool: ThreadPool, batch_index: int, row_start: int, num_rows: int, src: int
     ) -> None: ...
@@ -43,6 +83,9 @@ def cpu_features() -> dict[str, bool]: ...
 def kernel_rows() -> list[KernelRow]: ...
 def has_kernel(ggml_type: int, isa: str) -> bool: ...
 def physical_cores() -> list[int]: ...
+def numa_nodes(root: str = ..., cpus: list[int] | None = ...) -> list[NumaNode]: ...
+def count_pages(start: int, bytes: int) -> PageCount: ...
+def parse_numa_maps(text: str, start: int) -> dict[int, int]: ...
 def linear(
     pool: ThreadPool, matrix: PackedMatrix, x: int, num_tokens: int, x_stride: int, out: int, out_stride: int
 ) -> None: ...

@@ -66,30 +66,28 @@ void unpack_field(const Field& f, const uint8_t* plane, int row, uint8_t* block)
 
 }  // namespace
 
-void pack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst) {
+void pack_group(const FormatInfo& format, const uint8_t* src, int64_t row_stride, int num_rows, int64_t cols, uint8_t* dst) {
   const int64_t num_blocks = cols / format.block_cols;
-  const int64_t row_bytes = num_blocks * format.block_bytes;
-  if (num_rows < kGroupRows) std::memset(dst, 0, kGroupRows * row_bytes);
+  if (num_rows < kGroupRows) std::memset(dst, 0, kGroupRows * num_blocks * format.block_bytes);
   for (int64_t b = 0; b < num_blocks; ++b) {
     uint8_t* plane = dst + b * kGroupRows * format.block_bytes;
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
       for (int row = 0; row < num_rows; ++row)
-        pack_field(f, src + row * row_bytes + b * format.block_bytes, row, plane);
+        pack_field(f, src + row * row_stride + b * format.block_bytes, row, plane);
       plane += kGroupRows * f.unit * f.count;
     }
   }
 }
 
-void unpack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst) {
+void unpack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst, int64_t row_stride) {
   const int64_t num_blocks = cols / format.block_cols;
-  const int64_t row_bytes = num_blocks * format.block_bytes;
   for (int64_t b = 0; b < num_blocks; ++b) {
     const uint8_t* plane = src + b * kGroupRows * format.block_bytes;
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
       for (int row = 0; row < num_rows; ++row)
-        unpack_field(f, plane, row, dst + row * row_bytes + b * format.block_bytes);
+        unpack_field(f, plane, row, dst + row * row_stride + b * format.block_bytes);
       plane += kGroupRows * f.unit * f.count;
     }
   }
