@@ -108,6 +108,15 @@ def positive(text: str) -> float:
     return value
 
 
+def numa_mode(text: str) -> str:
+    """A parser of NUMA modes."""
+    if text.startswith("node:"):
+        int(text[5:])
+    elif text not in ("auto", "none", "replicate", "shard", "interleave"):
+        raise ValueError
+    return text
+
+
 @dataclass(frozen=True)
 class EnvVar:
     """One variable: how to parse it, and what to tell people about it."""
@@ -154,6 +163,11 @@ VARIABLES: dict[str, EnvVar] = {
         "run no experts that weigh less than this share of a token's heaviest (default: 0)",
     ),
     "HYBRID_THREADS": EnvVar(integer(1), _COUNT, "CPU worker threads (default: one for each physical core)"),
+    "HYBRID_NUMA": EnvVar(
+        numa_mode,
+        "auto, none, replicate, shard, interleave or node:N",
+        "where weights go on several NUMA nodes: auto, none, replicate, shard, interleave or node:N",
+    ),
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",

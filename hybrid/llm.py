@@ -48,6 +48,9 @@ class LLM:
             else all.
         expert_threshold: run those whose weight is at least this share, 0 to 1, of the token's largest.
             Default: the rules', else all, as 0 means.
+        numa: where weights on the CPU go on a machine with several NUMA nodes, unless a rule says:
+            ``"auto"``, ``"replicate"``, ``"shard"``, ``"interleave"``, ``"node:N"`` or ``"none"``
+            (`hybrid.placement.numa`).
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -71,10 +74,11 @@ class LLM:
         fit: bool = False,
         experts_per_token: int | None = None,
         expert_threshold: float | None = None,
+        numa: str = "auto",
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
-            ram_bytes, fit, experts_per_token, expert_threshold,
+            ram_bytes, fit, experts_per_token, expert_threshold, numa,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)
@@ -104,6 +108,9 @@ class LLM:
         use = loaded.experts
         reduced = "" if use.per_token is None else f", experts per token {use.per_token}"
         reduced += f", expert threshold {use.threshold:g}" if use.threshold else ""
+        local = "" if loaded.locality is None else f", {loaded.locality}"
+        nodes = f"NUMA {loaded.plan.numa} ({loaded.plan.numa_reason}{local}), "
+        cpu += nodes if loaded.plan.machine.num_nodes > 1 else ""
         return f"{loaded.path.name}: {loaded.plan.one_line()}; {cpu}context {self.max_model_len}{reduced}"
 
     def generate(

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 
 from hybrid.backends.base import Backend, CacheFormat, Recording, RouterConfig
+from hybrid.backends.locality import Locality, locality_of
 from hybrid.backends.source import TensorSource
+from hybrid.calibration import workers_of
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.log import get_logger
+from hybrid.placement.numa import layout
+
+logger = get_logger(__name__)
 
 _STAGING_BYTES = 64 << 20
 _GROUP_ROWS = 16
@@ -66,20 +72,27 @@ class _CpuRecording:
 
 
 class CpuBackend(Backend):
-    """``num_threads`` workers on a physical core each; ``None`` takes all cores. More workers than cores are
-    left to the operating system to place."""
+    """``num_threads`` workers on a physical core each, spread over the nodes of the machine; ``None`` takes
+    all cores. More workers than CPUs are left to the operating system to place.
+
+    Attributes:
+        nodes: NUMA nodes with workers, in the order of the pool's groups.
+        locality: after loading, whether weights are where they were meant to be; ``None``: none were bound.
+    """
 
     name = "cpu"
     device = _HOST
     can_record = True
 
     def __init__(self, num_threads: int | None = None) -> None:
-        cores = cpu.physical_cores()
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
-        self.num_threads = num_threads or len(cores)
-        enough = self.num_threads <= len(cores)
-        self.pool = cpu.ThreadPool(self.num_threads, cores[: self.num_threads] if enough else [])
+        self.num_threads = num_threads or len(cpu.physical_cores())
+        workers = workers_of(cpu.numa_nodes(), self.num_threads)
+        self.nodes = workers.nodes
+        self.pool = cpu.ThreadPool(self.num_threads, workers.cpus, workers.groups)
+        self._bound: list[cpu.PackedMatrix] = []  # those with pages on nodes of their own
+        self.locality: Locality | None = None
         self._staging: torch.Tensor | None = None
         self.recorded: list[torch.Tensor] | None = None  # results of the operations being recorded
 
@@ -96,7 +109,13 @@ class CpuBackend(Backend):
 
     def load_matrix(self, source: TensorSource) -> Any:
         row_bytes, matrices = source.row_bytes, source.matrices
-        matrix = cpu.PackedMatrix(int(source.type), len(matrices), source.num_rows, source.cols)
+        shape = len(matrices), source.num_rows, source.cols
+        found = layout(source.numa, source.side, shape, self.nodes)
+        matrix = cpu.PackedMatrix(
+            int(source.type), *shape, found.division, list(found.nodes), list(found.cuts)
+        )
+        if found.nodes:
+            self._bound.append(matrix)
         step = max(_GROUP_ROWS, _STAGING_BYTES // row_bytes // _GROUP_ROWS * _GROUP_ROWS)
         staging = self._staging_buffer(min(step, source.num_rows) * row_bytes)
         view = staging.numpy()
@@ -114,6 +133,10 @@ class CpuBackend(Backend):
 
     def loading_done(self) -> None:
         self._staging = None
+        self.locality = locality_of(self._bound)
+        self._bound.clear()
+        if self.locality is not None and self.locality.warning:
+            logger.warning("%s", self.locality.warning)
 
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.nbytes)

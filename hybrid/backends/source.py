@@ -23,6 +23,9 @@ class TensorSource:
     batch 1) of which rows ``row_start:row_stop`` of the matrices ``selected`` are wanted, in that order;
     ``None``: of all. They are read in the format ``format``, into which they are quantised anew where the
     file has another; ``None``: as in the file.
+
+    ``numa`` is the mode in which a CPU with several nodes keeps it, and ``side`` what mode ``shard`` cuts:
+    see `hybrid.placement.numa`.
     """
 
     file: GGUFFile
@@ -34,6 +37,8 @@ class TensorSource:
     row_stop: int | None = None
     selected: tuple[int, ...] | None = None
     format: GGMLType | None = None
+    numa: str = "none"
+    side: str = "rows"
 
     @property
     def matrices(self) -> Sequence[int]:

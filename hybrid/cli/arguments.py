@@ -134,6 +134,7 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "-t", "--threads")
     flag(group, "--isa")
     add_rules(group)
+    flag(group, "--numa", default="auto")
     flag(group, "--ram")
     flag(group, "--fit")
     add_experts(group)
@@ -232,6 +233,7 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
             fit=args.fit,
             experts_per_token=args.experts_per_token,
             expert_threshold=args.expert_threshold,
+            numa=args.numa,
             **options,
         )
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from hybrid import env
 from hybrid.backends.isa import select_isa
+from hybrid.backends.locality import Locality
 from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
 from hybrid.config import CACHE_BYTES, EngineConfig, ExpertUse, KVFormat, model_path
@@ -22,6 +23,7 @@ from hybrid.models.loader import load_model
 from hybrid.models.registry import family_of
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, RunSize
+from hybrid.placement.numa import check_mode
 from hybrid.placement.planner import Plan, Planner
 from hybrid.placement.rules import Rules, RuleSet
 from hybrid.placement.settings import context_of, kv_format_of
@@ -50,6 +52,7 @@ class LoadOptions:
     fit: bool = False
     experts_per_token: int | None = None
     expert_threshold: float | None = None
+    numa: str = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *CACHE_BYTES):
@@ -59,6 +62,7 @@ class LoadOptions:
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
             raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
         ExpertUse(self.experts_per_token, self.expert_threshold)
+        check_mode(self.numa, "numa")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class LoadedModel:
     isa: str
     num_threads: int
     experts: ExpertUse
+    locality: Locality | None = None
 
 
 def load(
@@ -118,8 +123,9 @@ def load(
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(
-        path, engine, tokenizer, template, placements, planner.model, isa, loaded.num_threads, planner.experts
-    )
+        path, engine, tokenizer, template, placements, planner.model, isa, loaded.num_threads,
+        planner.experts, loaded.locality,
+    )  # fmt: skip
 
 
 _loading_process: int | None = None  # the process that loaded a model first
@@ -140,7 +146,7 @@ def _planner(file: GGUFFile, options: LoadOptions, machine: Machine) -> Planner:
     if options.ram_bytes is not None:
         machine = machine.with_budget("cpu", options.ram_bytes)
     experts = ExpertUse(options.experts_per_token, options.expert_threshold)
-    return Planner(file, options.rules, machine, experts)
+    return Planner(file, options.rules, machine, experts, options.numa)
 
 
 def _plan(planner: Planner, options: LoadOptions, config: EngineConfig) -> Plan:

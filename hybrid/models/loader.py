@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hybrid.backends.base import Backend, CacheFormat
+from hybrid.backends.locality import Locality
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
@@ -48,6 +49,11 @@ class Model:
     @property
     def num_threads(self) -> int:
         return getattr(self._backends.get("cpu"), "num_threads", 0)
+
+    @property
+    def locality(self) -> Locality | None:
+        """Whether weights are on their NUMA nodes; ``None`` where none have one."""
+        return getattr(self._backends.get("cpu"), "locality", None)
 
     @property
     def weight_bytes(self) -> dict[str, int]:

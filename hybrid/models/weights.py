@@ -16,6 +16,7 @@ from hybrid.gguf import DEQUANTIZABLE, GGMLType, GGUFFile, TensorInfo
 from hybrid.log import get_logger
 from hybrid.moe.groups import ExpertGroup, group_experts, require_one_device
 from hybrid.placement.capabilities import quantizing_problem
+from hybrid.placement.numa import side_of
 from hybrid.placement.plan import ExpertShare, Placement, Plan
 from hybrid.placement.roles import layer_of, role_of
 
@@ -133,7 +134,10 @@ class Weights(ABC):
         start, stop = (0, rows) if part is None else (part.start, part.stop)
         placed = self._placed(info.name, 0 if experts is None else experts[0])
         format_ = None if placed.format is None else GGMLType[placed.format]
-        return TensorSource(self.file, info, batch, rows, cols, start, stop, experts, format_)
+        side = side_of(info.name, role_of(info.name))
+        return TensorSource(
+            self.file, info, batch, rows, cols, start, stop, experts, format_, placed.numa, side
+        )
 
     def _placed(self, name: str, expert: int) -> Placement | ExpertShare:
         """What the plan says of a tensor, or of one expert of a divided stack."""

@@ -14,7 +14,6 @@ from hybrid.placement.sections import EXPERT_CACHE
 # What loading takes today; a plan may hold more.
 RUNNABLE_KINDS = ("cpu", "fake")
 RUNNABLE_CACHE_FORMATS = ("f32", "f16", "bf16")
-RUNNABLE_NUMA = ("none",)
 _NEARLY_FULL = 0.97
 
 
@@ -25,9 +24,6 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
         yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
     if plan.size.kv_format not in RUNNABLE_CACHE_FORMATS:
         yield f"this build does not run a cache of {plan.size.kv_format}: plan it, but load another"
-    modes = sorted({part.numa for p in plan.placements.values() for part in p.parts} - {*RUNNABLE_NUMA})
-    if modes:
-        yield f"this build does not place memory by NUMA node yet: {', '.join(modes)} is planned, not done"
     yield from _without_kernel(model, plan)
     for memory in plan.memory.values():
         kept = memory.scratch_parts.get(EXPERT_CACHE, 0)

@@ -1,6 +1,6 @@
 """Matrices in parts: what lies where, the same results, and that workers read their group's part alone.
 
-Nodes are -1 here: parts and groups of workers need no second node. Where pages really are is tested in `tests/numa`.
+Nodes are -1 here: parts and groups of workers need no second node. Where pages are is tested in `tests/numa`.
 """
 
 from __future__ import annotations
@@ -228,9 +228,9 @@ class Experts:
     def reassociation_bound(self, tokens: int, parts: int) -> np.ndarray:
         """How far sums of the same terms in another order may be apart.
 
-        The terms of an output are the products of down's blocks, weighted: ``n`` of them, so two orders differ by at
-        most ``2 γ(n) Σ|terms|``. Terms are bounded by the sum of absolute products, which sub-blocks
-        with minimums of their own (K-quants) at most double.
+        The terms of an output are the products of down's blocks, weighted: ``n`` of them, so two orders
+        differ by at most ``2 γ(n) Σ|terms|``. Terms are bounded by the sum of absolute products, which
+        sub-blocks with minimums of their own (K-quants) at most double.
         """
         x, ids, weights = self.inputs(tokens)
         pool = cpu.ThreadPool(1)
