@@ -141,11 +141,12 @@ class Planner:
             reason = f"a copy for each of {self.machine.num_nodes} nodes does not fit"
             try:
                 found = self._draft(size, "shard", reason)
+                if crowded_nodes(found):
+                    found = self._draft(size, "interleave", f"{reason}, nor do slices on every node")
             except PlacementError as error:
-                reason += f"; {error}"
-                found = self._draft(size, "interleave", reason)
+                found = self._draft(size, "interleave", f"{reason}; {error}")
         if crowded_nodes(found):
-            found = self._draft(size, "interleave", f"{reason}, and slices do not fit on every node")
+            found = self._draft(size, "none", f"{reason}, nor half of the pages")
         return found
 
     def largest_fitting(self, size: RunSize) -> RunSize:
