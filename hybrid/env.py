@@ -168,6 +168,9 @@ VARIABLES: dict[str, EnvVar] = {
         "auto, none, replicate, shard, interleave or node:N",
         "where weights go on several NUMA nodes: auto, none, replicate, shard, interleave or node:N",
     ),
+    "HYBRID_PACKED_CACHE": EnvVar(
+        str, "a folder", "keep packed weights in this folder, for faster starts; as large as the model"
+    ),
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",

@@ -135,6 +135,7 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "--isa")
     add_rules(group)
     flag(group, "--numa", default="auto")
+    flag(group, "--packed-cache")
     flag(group, "--ram")
     flag(group, "--fit")
     add_experts(group)
@@ -234,6 +235,7 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
             experts_per_token=args.experts_per_token,
             expert_threshold=args.expert_threshold,
             numa=args.numa,
+            packed_cache=args.packed_cache,
             **options,
         )
 

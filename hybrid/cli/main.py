@@ -28,6 +28,7 @@ COMMANDS = {
     "perplexity": "hybrid.cli.perplexity",
     "bench-kernels": "hybrid.cli.bench_kernels",
     "synth": "hybrid.cli.synth",
+    "pack": "hybrid.cli.pack",
     "doctor": "hybrid.cli.doctor",
 }
 

@@ -53,6 +53,7 @@ class LoadOptions:
     experts_per_token: int | None = None
     expert_threshold: float | None = None
     numa: str = "auto"
+    packed_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *CACHE_BYTES):
@@ -116,6 +117,7 @@ def load(
             kv_format=cast(KVFormat, placements.size.kv_format),
             progress=progress,
             config=_with_experts(hparams, planner.experts),
+            packed_cache=options.packed_cache,
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)

@@ -2,8 +2,8 @@
 
 Modes: ``replicate`` keeps a copy on each node. ``shard`` keeps one in all: each node has a slice of the
 intermediate dimension of feed-forward blocks, some heads of attention, some rows of other matrices.
-``interleave`` alternates pages between nodes, ``node:N`` keeps all on one, ``none`` leaves pages where they are
-first written. ``auto`` takes the first of replicate, shard, interleave and none that there is room for.
+``interleave`` alternates pages between nodes, ``node:N`` keeps all on one, ``none`` leaves pages where they
+are first written. ``auto`` takes the first of replicate, shard, interleave and none that there is room for.
 """
 
 from __future__ import annotations

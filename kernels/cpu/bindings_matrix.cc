@@ -1,6 +1,7 @@
 #include "bindings_matrix.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings_address.h"
@@ -51,7 +53,16 @@ nb::list list_parts(const PackedMatrix& m) {
 
 void bind_pack(PackedMatrix& matrix, ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows,
                Address src) {
-  matrix.pack_rows(pool, batch_index, row_start, num_rows, pointer<const uint8_t>(src, "pack_rows", "src"));
+  matrix.pack_rows(pool, {{batch_index, row_start, num_rows}}, pointer<const uint8_t>(src, "pack_rows", "src"));
+}
+
+void bind_pack_ranges(PackedMatrix& matrix, ThreadPool& pool, const std::vector<std::tuple<int64_t, int64_t, int64_t>>& ranges,
+                      Address src, bool packed) {
+  std::vector<PackedMatrix::RowRange> list;
+  for (const auto& [batch_index, row_start, num_rows] : ranges) list.push_back({batch_index, row_start, num_rows});
+  const uint8_t* rows = pointer<const uint8_t>(src, "pack_ranges", "src");
+  nb::gil_scoped_release unlocked;
+  matrix.pack_rows(pool, list, rows, packed);
 }
 
 void bind_unpack(const PackedMatrix& matrix, int64_t batch_index, int64_t row_start, int64_t num_rows, Address dst) {
@@ -115,6 +126,12 @@ void bind_matrix(nb::module_& m) {
       .def_prop_ro("parts", &list_parts, "Its pieces: node, address, nbytes, the ranges they hold, why memory is not bound.")
       .def("pack_rows", &bind_pack, "pool"_a, "batch_index"_a, "row_start"_a, "num_rows"_a, "src"_a, Unlocked(),
            "Packs GGUF rows; row_start and num_rows are multiples of 16, except that num_rows may end the matrix.")
+      .def("pack_ranges", &bind_pack_ranges, "pool"_a, "ranges"_a, "src"_a, "packed"_a = false,
+           "pack_rows for ranges (batch_index, row_start, num_rows) whose rows, or whose packed groups, stand one "
+           "behind the other.")
+      .def_static("over", [](int ggml_type, int64_t batch, int64_t rows, int64_t cols, Address packed) {
+        return new PackedMatrix(ggml_type, batch, rows, cols, pointer<uint8_t>(packed, "PackedMatrix.over", "packed"));
+      }, "ggml_type"_a, "batch"_a, "rows"_a, "cols"_a, "packed"_a, "Over packed bytes that the caller keeps, a mapped file.")
       .def("unpack_rows", &bind_unpack, "batch_index"_a, "row_start"_a, "num_rows"_a, "dst"_a, Unlocked(),
            "Writes GGUF rows, the inverse of pack_rows.");
   m.def("linear", &bind_linear, "pool"_a, "matrix"_a, "x"_a, "num_tokens"_a, "x_stride"_a, "out"_a, "out_stride"_a,

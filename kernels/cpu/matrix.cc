@@ -1,6 +1,7 @@
 #include "matrix.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -33,20 +34,32 @@ const FormatInfo& require_format(int ggml_type) {
 
 PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols, const MatrixLayout& layout)
     : format_(&require_format(ggml_type)), batch_(batch), rows_(rows), cols_(cols), division_(layout.division) {
-  if (batch < 1 || rows < 1 || cols < 1) {
-    refuse("every dimension must be at least 1, found [batch, rows, cols] = " + shape_text(batch, rows, cols));
-  }
-  if (cols % format_->block_cols != 0) {
-    refuse(std::string(format_->name) + " rows are blocks of " + std::to_string(format_->block_cols) +
-           " columns, found " + std::to_string(cols) + " columns");
-  }
-  num_groups_ = (rows - 1) / kGroupRows + 1;
-  group_bytes_ = checked_product(cols / format_->block_cols, int64_t{format_->block_bytes} * kGroupRows);
-  checked_product(checked_product(batch, num_groups_), group_bytes_);
+  check_shape();
   check_layout(layout);
   const size_t count = division_ == Division::kNone ? 1 : layout.nodes.size();
   parts_.reserve(count);
   for (size_t i = 0; i < count; ++i) add_part(layout, i);
+}
+
+PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols, uint8_t* packed)
+    : format_(&require_format(ggml_type)), batch_(batch), rows_(rows), cols_(cols), division_(Division::kNone) {
+  check_shape();
+  const size_t bytes = static_cast<size_t>(batch_ * num_groups_ * group_bytes_);
+  parts_.push_back({-1, 0, batch_, 0, num_groups_, 0, cols_, group_bytes_, NodeMemory::borrow(packed, bytes)});
+}
+
+// Sets what follows from the shape.
+void PackedMatrix::check_shape() {
+  if (batch_ < 1 || rows_ < 1 || cols_ < 1) {
+    refuse("every dimension must be at least 1, found [batch, rows, cols] = " + shape_text(batch_, rows_, cols_));
+  }
+  if (cols_ % format_->block_cols != 0) {
+    refuse(std::string(format_->name) + " rows are blocks of " + std::to_string(format_->block_cols) +
+           " columns, found " + std::to_string(cols_) + " columns");
+  }
+  num_groups_ = (rows_ - 1) / kGroupRows + 1;
+  group_bytes_ = checked_product(cols_ / format_->block_cols, int64_t{format_->block_bytes} * kGroupRows);
+  checked_product(checked_product(batch_, num_groups_), group_bytes_);
 }
 
 void PackedMatrix::check_layout(const MatrixLayout& layout) const {
@@ -117,28 +130,46 @@ void PackedMatrix::check_range(const char* operation, int64_t batch_index, int64
   }
 }
 
-void PackedMatrix::pack_rows(ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows,
-                             const uint8_t* src) {
-  check_range("pack_rows", batch_index, row_start, num_rows);
-  const int64_t first = row_start / kGroupRows, end = first + (num_rows + kGroupRows - 1) / kGroupRows;
-  // The groups each part takes.
-  UnitRanges ranges;
+void PackedMatrix::pack_rows(ThreadPool& pool, const std::vector<RowRange>& ranges, const uint8_t* src,
+                             bool packed) {
+  for (const RowRange& range : ranges) check_range("pack_rows", range.batch_index, range.row_start, range.num_rows);
+  // 16 rows of a range that a part takes: the part's units, by the part.
+  struct Unit {
+    const RowRange* range;
+    int64_t group, src_row;
+  };
+  std::vector<Unit> list;
+  UnitRanges units;
   for (const Part& part : parts_) {
-    const bool of_stack = batch_index >= part.batch_start && batch_index < part.batch_end;
-    ranges.add(of_stack ? std::max<int64_t>(0, std::min(end, part.group_end) - std::max(first, part.group_start)) : 0);
+    int64_t first_row = 0;
+    for (const RowRange& range : ranges) {
+      const int64_t first = range.row_start / kGroupRows, end = first + (range.num_rows + kGroupRows - 1) / kGroupRows;
+      const bool of_stack = range.batch_index >= part.batch_start && range.batch_index < part.batch_end;
+      for (int64_t g = std::max(first, part.group_start); of_stack && g < std::min(end, part.group_end); ++g)
+        list.push_back({&range, g, first_row + (g - first) * kGroupRows});
+      first_row += packed ? (end - first) * kGroupRows : range.num_rows;
+    }
+    units.add(static_cast<int64_t>(list.size()) - units.total());
   }
-  auto pack = [&](int64_t unit, int) {
+  auto pack = [&](int64_t i, int) {
     int64_t place;
-    const Part& part = parts_[static_cast<size_t>(ranges.find(unit, place))];
-    const int64_t group = std::max(first, part.group_start) + place, done = (group - first) * kGroupRows;
-    const int count = static_cast<int>(std::min<int64_t>(kGroupRows, num_rows - done));
+    const Part& part = parts_[static_cast<size_t>(units.find(i, place))];
+    const Unit& unit = list[static_cast<size_t>(i)];
+    const RowRange& range = *unit.range;
+    const int count = static_cast<int>(std::min<int64_t>(kGroupRows, range.row_start + range.num_rows - unit.group * kGroupRows));
     const int64_t offset = part.col_start / format_->block_cols * format_->block_bytes;
-    pack_group(*format_, src + done * row_bytes() + offset, row_bytes(), count, part.cols(), part.group(batch_index, group));
+    if (packed) {  // a group is its blocks one after another, 16 rows each
+      const uint8_t* group = src + unit.src_row / kGroupRows * group_bytes_ + offset * kGroupRows;
+      std::memcpy(part.group(range.batch_index, unit.group), group, static_cast<size_t>(part.group_bytes));
+      return;
+    }
+    pack_group(*format_, src + unit.src_row * row_bytes() + offset, row_bytes(), count, part.cols(),
+               part.group(range.batch_index, unit.group));
   };
   if (parts_.size() == 1) {
-    pool.parallel_for(ranges.total(), pack);
+    pool.parallel_for(units.total(), pack);
   } else {
-    pool.parallel_for_divided(ranges, pack);
+    pool.parallel_for_divided(units, pack);
   }
 }
 

@@ -53,6 +53,8 @@ class PackedMatrix {
   // Rows not packed yet are zero. Throws std::invalid_argument for an unknown format, a shape it cannot have, or a
   // layout that does not fit it.
   PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols, const MatrixLayout& layout = {});
+  // Over packed bytes that somebody else keeps, in one piece: `nbytes()` of them, not to be packed anew.
+  PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols, uint8_t* packed);
   PackedMatrix(const PackedMatrix&) = delete;
   PackedMatrix& operator=(const PackedMatrix&) = delete;
 
@@ -76,10 +78,16 @@ class PackedMatrix {
     return divided_group(batch_index, index, reader);
   }
 
-  // Packs `num_rows` contiguous GGUF rows to rows [row_start, row_start + num_rows) of one matrix, to every part that
-  // has some of them, by that part's workers. row_start is a multiple of 16, and so is num_rows unless the range
-  // ends the matrix.
-  void pack_rows(ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows, const uint8_t* src);
+  // Rows [row_start, row_start + num_rows) of one matrix. row_start is a multiple of 16, and so is num_rows unless the
+  // range ends the matrix.
+  struct RowRange {
+    int64_t batch_index, row_start, num_rows;
+  };
+
+  // Packs GGUF rows, those of one range behind those of the other, to every part that has some of them, by that part's
+  // workers.
+  // Where they are `packed` already they are copied: 16-row groups as a matrix in one piece has them.
+  void pack_rows(ThreadPool& pool, const std::vector<RowRange>& ranges, const uint8_t* src, bool packed = false);
 
   // The inverse, over ranges of the same kind; of copies the first is read.
   void unpack_rows(int64_t batch_index, int64_t row_start, int64_t num_rows, uint8_t* dst) const;
@@ -87,6 +95,7 @@ class PackedMatrix {
  private:
   void check_range(const char* operation, int64_t batch_index, int64_t row_start, int64_t num_rows) const;
   void check_layout(const MatrixLayout& layout) const;
+  void check_shape();
   void add_part(const MatrixLayout& layout, size_t index);
   const uint8_t* divided_group(int64_t batch_index, int64_t index, int reader) const;
 

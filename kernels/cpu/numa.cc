@@ -77,16 +77,25 @@ NodeMemory::NodeMemory(size_t bytes, Spread spread, const std::vector<int>& node
   problem_ = set_policy(data, bytes_, spread, nodes);
 }
 
+NodeMemory NodeMemory::borrow(uint8_t* data, size_t bytes) {
+  NodeMemory memory;
+  memory.data_ = data;
+  memory.bytes_ = bytes;
+  memory.borrowed_ = true;
+  return memory;
+}
+
 NodeMemory::~NodeMemory() {
-  if (data_ != nullptr) munmap(data_, bytes_);
+  if (data_ != nullptr && !borrowed_) munmap(data_, bytes_);
 }
 
 NodeMemory::NodeMemory(NodeMemory&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), problem_(std::move(other.problem_)) {}
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), borrowed_(other.borrowed_), problem_(std::move(other.problem_)) {}
 
 NodeMemory& NodeMemory::operator=(NodeMemory&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
+  std::swap(borrowed_, other.borrowed_);
   std::swap(problem_, other.problem_);
   return *this;
 }

@@ -22,6 +22,8 @@ class NodeMemory {
   // Throws std::bad_alloc. A policy that the system refuses (a container without the permission) leaves the pages
   // to be placed by first touch; `problem` says why. Without nodes (or with node -1) every spread is kFirstTouch.
   NodeMemory(size_t bytes, Spread spread, const std::vector<int>& nodes);
+  // Memory of somebody else, who keeps it: a mapped file.
+  static NodeMemory borrow(uint8_t* data, size_t bytes);
   ~NodeMemory();
   NodeMemory(NodeMemory&& other) noexcept;
   NodeMemory& operator=(NodeMemory&& other) noexcept;
@@ -35,6 +37,7 @@ class NodeMemory {
  private:
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+  bool borrowed_ = false;
   std::string problem_;
 };
 

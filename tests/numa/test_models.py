@@ -88,7 +88,7 @@ def test_the_demo_model_writes_the_same_in_every_mode(
 def test_the_demo_model_with_its_dense_block_in_slices(
     nodes: list[int], expected: list[int], page_nodes: PageNodes
 ) -> None:
-    """768 wide: two blocks of 256 for the first node, one for the second. Experts of one block are refused."""
+    """768 wide: two blocks of 256 for the first node, one for the second. Experts of one are refused."""
     rules = {
         "version": 1,
         "rules": [{"select": {"role": "dense_ffn"}, "place": {"device": "cpu", "numa": "shard"}}],
