@@ -240,6 +240,7 @@ VARIABLES: dict[str, EnvVar] = {
     ),
     "HYBRID_HEADER_ONLY": EnvVar(boolean, _SWITCH, "write the header without data, for planning"),
     "HYBRID_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),
+    "HF_ENDPOINT": EnvVar(str, "a URL", "the server `hybrid pull user/repo:QUANT` asks"),
     # Every command.
     "HYBRID_LOG_LEVEL": EnvVar(
         one_of("debug", "info", "warning", "error"),

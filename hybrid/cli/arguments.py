@@ -216,6 +216,13 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
 
     from hybrid.llm import LLM
 
+    if args.packed_cache is not None:
+        from hybrid.kernels import cpu
+
+        cpu.end_on_bus_error(
+            f"hybrid: a file in {args.packed_cache} was changed or cut short while it was in use, or its "
+            "disk failed (SIGBUS); start again, which checks it and makes it anew where need be"
+        )
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def show(done: int, total: int) -> None:

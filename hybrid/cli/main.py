@@ -29,6 +29,7 @@ COMMANDS = {
     "bench-kernels": "hybrid.cli.bench_kernels",
     "synth": "hybrid.cli.synth",
     "pack": "hybrid.cli.pack",
+    "pull": "hybrid.cli.pull",
     "doctor": "hybrid.cli.doctor",
 }
 

@@ -6,6 +6,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <signal.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,6 +57,24 @@ nb::dict bind_count(Address start, int64_t bytes) {
   return found;
 }
 
+char g_bus_message[512];
+
+void report_bus_error(int) {
+  // What a handler may do: no allocation, no locks.
+  const ssize_t written = write(STDERR_FILENO, g_bus_message, strlen(g_bus_message));
+  (void)written;
+  _exit(1);
+}
+
+void end_on_bus_error(const std::string& message) {
+  const size_t length = std::min(message.size(), sizeof g_bus_message - 2);
+  memcpy(g_bus_message, message.data(), length);
+  memcpy(g_bus_message + length, "\n", 2);
+  struct sigaction action = {};
+  action.sa_handler = report_bus_error;
+  sigaction(SIGBUS, &action, nullptr);
+}
+
 nb::dict bind_maps(const std::string& text, Address start) {
   std::map<int, int64_t> pages;
   parse_numa_maps(text, start, pages);
@@ -67,6 +90,8 @@ void bind_numa(nb::module_& m) {
         "NUMA nodes as the system below `root` shows them, with those of `cpus` (default: all this process may run on).");
   m.def("count_pages", &bind_count, "start"_a, "bytes"_a,
         "Pages of a range of memory by node, asked of move_pages or else numa_maps; `method` is empty if neither answers.");
+  m.def("end_on_bus_error", &end_on_bus_error, "message"_a,
+        "For programs: where a mapped file was cut short or its disk failed (SIGBUS), write a line to stderr and exit with 1.");
   m.def("parse_numa_maps", &bind_maps, "text"_a, "start"_a, "For tests: node -> pages of the mapping an address is in.");
 }
 

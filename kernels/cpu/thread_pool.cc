@@ -283,6 +283,8 @@ ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus, const std:
   // Signals are the host program's business, not the workers'.
   sigset_t all, before;
   sigfillset(&all);
+  // But for faults of their own, which a host program may want to report.
+  for (const int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
     for (int i = 1; i < num_threads; ++i) {

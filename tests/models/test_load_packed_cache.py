@@ -205,3 +205,26 @@ def test_a_matrix_over_a_file_is_not_freed_by_the_kernels():
     assert matrix.nbytes == 4096 and matrix.address == address
     del matrix
     memory[0] = 1
+
+
+CUT_SHORT = """
+import os, sys
+from hybrid.cli import run
+from hybrid.cli.main import main
+plain = run.print_stream
+def cut_first(stream):
+    (path,) = [os.path.join(sys.argv[2], name) for name in os.listdir(sys.argv[2])]
+    os.truncate(path, 0)
+    return plain(stream)
+run.print_stream = cut_first
+sys.exit(main(["run", "-m", sys.argv[1], "--packed-cache", sys.argv[2], "-n", "4", "-c", "64", "Once"]))
+"""
+
+
+def test_a_cache_cut_short_while_in_use_ends_the_command_with_a_line(copy, tmp_path):
+    cache = tmp_path / "cache"
+    assert main(["pack", str(copy), "-o", str(cache)]) == 0
+    command = [sys.executable, "-P", "-c", CUT_SHORT, str(copy), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"hybrid: a file in {cache} was changed or cut short")
