@@ -110,9 +110,9 @@ def positive(text: str) -> float:
 
 def numa_mode(text: str) -> str:
     """A parser of NUMA modes."""
-    if text.startswith("node:"):
-        int(text[5:])
-    elif text not in ("auto", "none", "replicate", "shard", "interleave"):
+    if text.startswith("node:") and text[5:].isdecimal() and len(text) < 9:
+        return text
+    if text not in ("auto", "none", "replicate", "shard", "interleave"):
         raise ValueError
     return text
 

@@ -18,7 +18,7 @@ MODES = ("auto", "none", "replicate", "shard", "interleave", "node:N")
 BLOCK_COLS = 256  # what a slice of the intermediate dimension has whole numbers of, but for the last
 GROUP_ROWS = 16
 FEED_FORWARD = ("routed_experts", "shared_experts", "dense_ffn")
-_NODE = re.compile(r"node:\d{1,4}")
+_NODE = re.compile(r"node:[0-9]{1,3}")
 
 
 def check_mode(mode: str, name: str) -> str:

@@ -43,12 +43,14 @@ def test_every_page_of_a_part_is_on_its_node(
 
 def test_a_matrix_may_be_on_one_node(pool: cpu.ThreadPool, nodes: list[int], page_nodes: PageNodes) -> None:
     for node in nodes:
-        (part,) = packed(pool, "none", [node], []).parts
+        matrix = packed(pool, "none", [node], [])
+        (part,) = matrix.parts
         assert set(page_nodes(part["address"], part["nbytes"])) == {node}
 
 
 def test_alternating_pages_are_on_both(pool: cpu.ThreadPool, nodes: list[int], page_nodes: PageNodes) -> None:
-    (part,) = packed(pool, "none", nodes, []).parts
+    matrix = packed(pool, "none", nodes, [])
+    (part,) = matrix.parts
     found = page_nodes(part["address"], part["nbytes"])
     # Huge pages alternate as a whole: this matrix has two of them.
     assert set(found) == set(nodes)

@@ -39,7 +39,7 @@ FORMATS = tuple(sorted(format_.name for format_ in QUANTIZABLE & CPU_FORMATS))
 # Compiling writes counted repeats out; names of tensors are short.
 _MAX_EXPANDED = 100_000
 _COUNTS = re.compile(r"\{[^{}]*?([0-9]+)\}")
-_NODE = re.compile(r"node:[0-9]{1,4}")
+_NODE = re.compile(r"node:[0-9]{1,3}")
 
 T = TypeVar("T")
 
