@@ -75,7 +75,7 @@ class NumaNode:
 class NumaBinding:
     """Whether memory can be bound to a node here: some was, and its pages were looked for.
 
-    ``method`` says how they were found, empty where the system does not tell; ``problem`` what it says instead.
+    ``method`` says how they were found, empty where the system does not tell; ``problem`` why not.
     """
 
     local_share: float | None

@@ -75,14 +75,16 @@ def _binding_line(binding: dict[str, Any]) -> str:
     if binding["local_share"] is None:
         return f"whether memory is where it is bound to cannot be verified{because}"
     if binding["local_share"] < 1:
-        return f"memory bound to a node is there to {binding['local_share']:.0%} (by {binding['method']}){because}"
+        share = f"{binding['local_share']:.0%}"
+        return f"of memory bound to a node {share} is there (by {binding['method']}){because}"
     return f"memory can be bound to nodes (verified by {binding['method']}){because}"
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     total, available = format_bytes(memory["total_bytes"]), format_bytes(memory["available_bytes"])
     lines = [
-        f"{total}, {available} available, {format_bytes(memory['swap_bytes'])} swap, overcommit {memory['overcommit']}"
+        f"{total}, {available} available, {format_bytes(memory['swap_bytes'])} swap, "
+        f"overcommit {memory['overcommit']}"
     ]
     if memory["cgroup_limit_bytes"] is not None:
         lines.append(f"limited to {format_bytes(memory['cgroup_limit_bytes'])} by the control group")
