@@ -17,7 +17,7 @@ SIGNATURES = {
     "LLM.__init__": [
         "self", "model", "rules", "max_model_len", "num_threads", "isa", "kv_format", "seed",
         "max_num_seqs", "max_num_batched_tokens", "progress", "ram_bytes", "fit", "experts_per_token",
-        "expert_threshold",
+        "expert_threshold", "numa", "packed_cache",
     ],
     "LLM.generate": ["self", "prompts", "sampling_params", "use_tqdm"],
     "LLM.chat": ["self", "messages", "sampling_params", "use_tqdm", "template_options"],
