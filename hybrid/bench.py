@@ -78,6 +78,8 @@ class Setup:
     isa: str
     n_threads: int
     numa: str
+    numa_local: float | None
+    numa_verified: bool | None
     type_k: str
     n_ubatch: int
     placement_hash: str
@@ -169,7 +171,9 @@ def _setup(
         backends="+".join(device.upper() for device in loaded.plan.devices),
         isa=loaded.isa,
         n_threads=loaded.num_threads,
-        numa="none",
+        numa=loaded.plan.numa,
+        numa_local=None if loaded.locality is None else loaded.locality.share,
+        numa_verified=None if loaded.locality is None else loaded.locality.share is not None,
         type_k=kv_format,
         n_ubatch=options.max_num_batched_tokens,
         placement_hash=loaded.plan.digest(),

@@ -15,9 +15,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +27,12 @@ from hybrid.gguf import TRAITS, GGMLType, random_blocks
 from hybrid.kernels import cpu
 from hybrid.log import get_logger
 from hybrid.placement.capabilities import CPU_FORMATS
-from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Rates
+from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Node, Rates
+from hybrid.placement.numa import Workers, spread
 from hybrid.system_files import processor_name
+
+if TYPE_CHECKING:
+    from hybrid.kernels.cpu._cpu import NumaNode
 
 logger = get_logger(__name__)
 
@@ -50,7 +54,41 @@ def this_machine(num_threads: int | None = None, isa: str | None = None) -> Mach
     isa = isa or cpu.current_isa()
     free = available_memory()
     budget = None if free is None else max(free - RAM_MARGIN_BYTES, 0)
-    return Machine((Device("cpu", budget),), num_threads=threads, isa=isa, rates=read_rates(threads, isa))
+    nodes = cpu.numa_nodes()
+    workers = len(workers_of(nodes, threads).nodes)
+    return Machine(
+        (Device("cpu", budget),),
+        num_nodes=max(workers, 1),
+        num_threads=threads,
+        isa=isa,
+        numa=workers > 1,
+        nodes=memory_of_nodes(nodes, threads),
+        rates=read_rates(threads, isa),
+    )
+
+
+def workers_of(nodes: Sequence[NumaNode], num_threads: int) -> Workers:
+    """CPUs and groups for threads, over the nodes whose memory may be used."""
+    usable = [node for node in nodes if node["cpus"] and (node["memory_allowed"] and node["total_bytes"])]
+    usable = usable or [node for node in nodes if node["cpus"]]
+    return spread(
+        {node["node"]: node["cores"] for node in usable},
+        {node["node"]: node["cpus"] for node in usable},
+        num_threads,
+    )
+
+
+def memory_of_nodes(nodes: Sequence[NumaNode], num_threads: int) -> tuple[Node, ...]:
+    """What a plan needs of nodes with memory; nothing where there is one."""
+    with_workers = workers_of(nodes, num_threads).nodes
+    usable = [node for node in nodes if node["memory_allowed"] and node["total_bytes"]]
+    if len(usable) < 2:
+        return ()
+    margin = RAM_MARGIN_BYTES // len(usable)
+    return tuple(
+        Node(node["node"], max(node["available_bytes"] - margin, 0), node["node"] in with_workers)
+        for node in usable
+    )
 
 
 def rates_path(num_threads: int, isa: str) -> Path:

@@ -19,9 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hybrid.backends.isa import select_isa
 from hybrid.calibration import calibrate
 from hybrid.free_memory import cgroup_memory_limit
+from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
 from hybrid.placement.rules.ranges import ranges_of
 from hybrid.system_files import processor_name, read_system_file
@@ -37,6 +40,7 @@ _NVIDIA_FIELDS = (
 )
 _MIN_BANDWIDTH_BYTES = 256 << 20
 _MEASURE_SECONDS = 0.5
+_OVERCOMMIT = {"0": "heuristic", "1": "always", "2": "strict"}  # vm.overcommit_memory
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ class NumaNode:
 
 
 @dataclass(frozen=True)
+class NumaBinding:
+    """Whether memory can be bound to a node here: some was, and its pages were looked for.
+
+    ``method`` says how they were found, empty where the system does not tell; ``problem`` why not.
+    """
+
+    local_share: float | None
+    method: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class HugePages:
     """``transparent`` is the kernel's mode; ``reserved`` maps a page size to (pages, free pages)."""
 
@@ -86,6 +102,7 @@ class Memory:
     total_bytes: int
     available_bytes: int
     swap_bytes: int
+    overcommit: str
     cgroup_limit_bytes: int | None
     locked_limit_bytes: int | None
 
@@ -153,6 +170,19 @@ def numa_nodes(root: Path = Path("/")) -> list[NumaNode]:
     return nodes
 
 
+def numa_binding() -> NumaBinding:
+    """Binds a matrix to the last node of this machine and looks where its pages are."""
+    nodes = [node["node"] for node in cpu.numa_nodes() if node["memory_allowed"]]
+    matrix = cpu.PackedMatrix(int(GGMLType.F32), 1, 1024, 1024, "none", nodes[-1:])
+    rows = np.zeros((1024, 1024), np.float32)
+    matrix.pack_rows(cpu.ThreadPool(1), 0, 0, 1024, rows.ctypes.data)
+    (part,) = matrix.parts
+    count = cpu.count_pages(part["address"], part["nbytes"])
+    total = sum(count["pages"].values())
+    share = count["pages"].get(part["node"], 0) / total if count["method"] and total else None
+    return NumaBinding(share, count["method"], "; ".join(filter(None, (part["problem"], count["problem"]))))
+
+
 def huge_pages(root: Path = Path("/")) -> HugePages:
     mode = re.search(r"\[(\w+)\]", read_system_file(root / "sys/kernel/mm/transparent_hugepage/enabled"))
     reserved = {}
@@ -169,6 +199,9 @@ def memory(root: Path = Path("/")) -> Memory:
         total_bytes=int(sizes.get("MemTotal", 0)) * 1024,
         available_bytes=int(sizes.get("MemAvailable", 0)) * 1024,
         swap_bytes=int(sizes.get("SwapTotal", 0)) * 1024,
+        overcommit=_OVERCOMMIT.get(
+            read_system_file(root / "proc/sys/vm/overcommit_memory").strip(), "unknown"
+        ),
         cgroup_limit_bytes=cgroup_memory_limit(root),
         locked_limit_bytes=None if locked == resource.RLIM_INFINITY else locked,
     )
@@ -279,6 +312,7 @@ def examine(
         "cores": asdict(cores()),
         "isa": asdict(choice),
         "numa_nodes": [asdict(node) for node in numa_nodes()],
+        "numa_binding": asdict(numa_binding()),
         "huge_pages": asdict(huge_pages()),
         "memory": asdict(memory()),
         "bandwidth": asdict(speed),

@@ -124,6 +124,15 @@ def names(text: str) -> tuple[str, ...]:
     return found
 
 
+def numa_mode(text: str) -> str:
+    """A parser of NUMA modes."""
+    if text.startswith("node:") and text[5:].isdecimal() and len(text) < 9:
+        return text
+    if text not in ("auto", "none", "replicate", "shard", "interleave"):
+        raise ValueError
+    return text
+
+
 @dataclass(frozen=True)
 class EnvVar:
     """One variable: how to parse it, and what to tell people about it."""
@@ -172,6 +181,14 @@ VARIABLES: dict[str, EnvVar] = {
         "run no experts that weigh less than this share of a token's heaviest (default: 0)",
     ),
     "HYBRID_THREADS": EnvVar(integer(1), _COUNT, "CPU worker threads (default: one for each physical core)"),
+    "HYBRID_NUMA": EnvVar(
+        numa_mode,
+        "auto, none, replicate, shard, interleave or node:N",
+        "where weights go on several NUMA nodes: auto, none, replicate, shard, interleave or node:N",
+    ),
+    "HYBRID_PACKED_CACHE": EnvVar(
+        str, "a folder", "keep packed weights in this folder, for faster starts; as large as the model"
+    ),
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",
@@ -288,6 +305,7 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_SHARED_PREFIX": EnvVar(integer(0), "an integer >= 0", "tokens that all prompts begin with"),
     "HYBRID_REQUEST_TIMEOUT": EnvVar(positive, _SECONDS, "seconds for one request"),
     "HYBRID_ALLOW_REMOTE": EnvVar(boolean, _SWITCH, "load a server on another machine"),
+    "HF_ENDPOINT": EnvVar(str, "a URL", "the server `hybrid pull user/repo:QUANT` asks"),
     # Every command.
     "HYBRID_LOG_LEVEL": EnvVar(
         one_of("debug", "info", "warning", "error"),

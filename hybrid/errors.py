@@ -66,6 +66,17 @@ class CapacityError(HybridError):
     """Something does not fit: memory on a device, or tokens in the context."""
 
 
+class DownloadError(HybridError):
+    """A server cannot be reached, refuses, or sends something wrong.
+
+    ``passing``: another try may help.
+    """
+
+    def __init__(self, problem: str, *, passing: bool = False) -> None:
+        self.passing = passing
+        super().__init__(problem)
+
+
 class RequestError(HybridError, ValueError):
     """A prompt or a sampling parameter is invalid. The engine is unharmed.
 

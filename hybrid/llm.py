@@ -54,6 +54,12 @@ class LLM:
             Default: the rules', else all, as 0 means.
         kv_cache_tokens: tokens the cache holds, of running requests and of what may be used again; at least
             ``max_model_len``. Default: ``max_num_seqs`` contexts, or fewer where RAM holds no more.
+        numa: where weights on the CPU go on a machine with several NUMA nodes, unless a rule says:
+            ``"auto"``, ``"replicate"``, ``"shard"``, ``"interleave"``, ``"node:N"`` or ``"none"``
+            (`hybrid.placement.numa`).
+        packed_cache: a folder that keeps the weights as the kernels take them: written at the first start,
+            mapped into memory later (or copied, where weights have nodes). The files in it must stay as
+            they are while the model is in use.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -78,10 +84,13 @@ class LLM:
         experts_per_token: int | None = None,
         expert_threshold: float | None = None,
         kv_cache_tokens: int | None = None,
+        numa: str = "auto",
+        packed_cache: str | Path | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
-            ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens,
+            ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
+            None if packed_cache is None else Path(packed_cache),
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)

@@ -26,7 +26,7 @@ LEVELS = (
     ("hybrid.moe",),
     ("hybrid.backends",),
     ("hybrid.kvcache",),
-    ("hybrid.describe", "hybrid.synth", "hybrid.calibration"),
+    ("hybrid.describe", "hybrid.synth", "hybrid.calibration", "hybrid.pull"),
     ("hybrid.placement", "hybrid.chat", "hybrid.logprob_file"),
     ("hybrid.tokenizer",),
     ("hybrid.gguf",),

@@ -15,6 +15,7 @@ Conventions for every operation:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,7 +24,7 @@ import torch
 
 from hybrid.backends.source import TensorSource
 from hybrid.config import KVFormat
-from hybrid.gguf import GGMLType
+from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 
 
@@ -65,6 +66,10 @@ class Backend(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The device and what decides about its kernels, for messages: "cpu (avx2)"."""
+
+    def prepare(self, file: GGUFFile, sources: Sequence[TensorSource]) -> None:  # noqa: B027
+        """Called once before the first weight: the matrices `load_matrix` will be asked for, in order, so
+        that a backend may read ahead."""
 
     @abstractmethod
     def load_vector(self, source: TensorSource) -> torch.Tensor:

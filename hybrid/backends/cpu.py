@@ -6,21 +6,33 @@ contiguous, which the layers guarantee; results are made like their input, whate
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hybrid.backends.base import Backend, Recording, RouterConfig
+from hybrid.backends.locality import Locality, locality_of
+from hybrid.backends.packed_cache import PackedFile, PackedWriter, entry_key, packed_bytes
 from hybrid.backends.source import TensorSource
+from hybrid.calibration import workers_of
 from hybrid.config import KVFormat
 from hybrid.errors import ConfigError
-from hybrid.gguf import GGMLType
+from hybrid.gguf import GGMLType, GGUFFile
+from hybrid.gguf.read_ahead import PIECE_BYTES, ReadAhead, Request
 from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.log import get_logger
 from hybrid.placement.capabilities import GROUP_ROWS, cache_row_bytes
-from hybrid.placement.memory import STAGING_BYTES
+from hybrid.placement.numa import layout
+
+logger = get_logger(__name__)
 
 _HOST = torch.device("cpu")
 _CACHE_DTYPES: dict[KVFormat, torch.dtype] = {
@@ -69,21 +81,31 @@ class _CpuRecording:
 
 
 class CpuBackend(Backend):
-    """``num_threads`` workers on a physical core each; ``None`` takes all cores. More workers than cores are
-    left to the operating system to place."""
+    """``num_threads`` workers on a physical core each, spread over the nodes of the machine; ``None`` takes
+    all cores. More workers than CPUs are left to the operating system to place.
+
+    Attributes:
+        nodes: NUMA nodes with workers, in the order of the pool's groups.
+        locality: after loading, whether weights are where they were meant to be; ``None``: none were bound.
+    """
 
     name = "cpu"
     device = _HOST
     can_record = True
 
     def __init__(self, num_threads: int | None = None) -> None:
-        cores = cpu.physical_cores()
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
-        self.num_threads = num_threads or len(cores)
-        enough = self.num_threads <= len(cores)
-        self.pool = cpu.ThreadPool(self.num_threads, cores[: self.num_threads] if enough else [])
-        self._staging: torch.Tensor | None = None
+        self.num_threads = num_threads or len(cpu.physical_cores())
+        workers = workers_of(cpu.numa_nodes(), self.num_threads)
+        self.nodes = workers.nodes
+        self.pool = cpu.ThreadPool(self.num_threads, workers.cpus, workers.groups)
+        self._bound: list[cpu.PackedMatrix] = []  # those with pages on nodes of their own
+        self.locality: Locality | None = None
+        self._reader: ReadAhead | None = None
+        self._cache: PackedFile | None = None
+        self._mapped: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None = None
+        self._mapped_address = 0
         self.recorded: list[torch.Tensor] | None = None  # results of the operations being recorded
 
     def can_multiply(self, type_: GGMLType) -> bool:
@@ -96,25 +118,109 @@ class CpuBackend(Backend):
         return torch.from_numpy(source.dequantized().reshape(source.cols))
 
     def load_matrix(self, source: TensorSource) -> Any:
-        row_bytes, matrices = source.row_bytes, source.matrices
-        matrix = cpu.PackedMatrix(int(source.type), len(matrices), source.num_rows, source.cols)
-        step = max(GROUP_ROWS, STAGING_BYTES // row_bytes // GROUP_ROWS * GROUP_ROWS)
-        staging = self._staging_buffer(min(step, source.num_rows) * row_bytes)
-        view = staging.numpy()
-        for index, number in enumerate(matrices):
-            for row in range(0, source.num_rows, step):
-                count = min(step, source.num_rows - row)
-                source.read_rows(number, row, count, view)
-                matrix.pack_rows(self.pool, index, row, count, staging.data_ptr())
+        shape = len(source.matrices), source.num_rows, source.cols
+        found = layout(source.numa, source.side, shape, self.nodes)
+        entry = None if self._cache is None else self._cache.entries.get(entry_key(source))
+        if entry is not None and not found.nodes:
+            source.on_read(source.n_bytes)
+            return cpu.PackedMatrix.over(int(source.type), *shape, self._mapped_address + entry[0])
+        matrix = cpu.PackedMatrix(
+            int(source.type), *shape, found.division, list(found.nodes), list(found.cuts)
+        )
+        if found.nodes:
+            self._bound.append(matrix)
+        if entry is not None:
+            self._copy_packed(matrix, source)
+        elif self._reader is not None and source.type is source.info.type:
+            self._pack_ahead(matrix, source, self._reader)
+        else:
+            self._pack(matrix, source)
         return matrix
 
-    def _staging_buffer(self, n_bytes: int) -> torch.Tensor:
-        if self._staging is None or self._staging.numel() < n_bytes:
-            self._staging = torch.empty(n_bytes, dtype=torch.uint8, device=_HOST)
-        return self._staging
+    def _pack_ahead(self, matrix: cpu.PackedMatrix, source: TensorSource, reader: ReadAhead) -> None:
+        """From what was read meanwhile."""
+        for piece in source.pieces(PIECE_BYTES):
+            view = np.frombuffer(reader.next(), dtype=np.uint8)
+            matrix.pack_ranges(self.pool, piece.rows, view.ctypes.data)
+            source.on_read(piece.range.n_bytes)
+
+    def _copy_packed(self, matrix: cpu.PackedMatrix, source: TensorSource) -> None:
+        """From a cache, to the nodes the matrix is for."""
+        assert self._reader is not None
+        done = 0
+        total = packed_bytes(source)
+        for start, n_bytes, rows in source.packed_pieces(PIECE_BYTES):
+            view = np.frombuffer(self._reader.next(), dtype=np.uint8)
+            matrix.pack_ranges(self.pool, rows, view.ctypes.data, packed=True)
+            end = source.n_bytes * (start + n_bytes) // total
+            source.on_read(end - done)
+            done = end
+
+    def _pack(self, matrix: cpu.PackedMatrix, source: TensorSource) -> None:
+        """From rows that are quantised anew, or read one piece after another."""
+        row_bytes = source.row_bytes
+        step = max(GROUP_ROWS, PIECE_BYTES // row_bytes // GROUP_ROWS * GROUP_ROWS)
+        staging = np.empty(min(step, source.num_rows) * row_bytes, dtype=np.uint8)
+        for index, number in enumerate(source.matrices):
+            for row in range(0, source.num_rows, step):
+                count = min(step, source.num_rows - row)
+                source.read_rows(number, row, count, staging)
+                matrix.pack_rows(self.pool, index, row, count, staging.ctypes.data)
+
+    def prepare(self, file: GGUFFile, sources: Sequence[TensorSource]) -> None:
+        self._reader = ReadAhead(list(self._requests(file, sources)))
+
+    def _requests(self, file: GGUFFile, sources: Sequence[TensorSource]) -> Iterator[Request]:
+        """What `load_matrix` will ask the reader for."""
+        for source in sources:
+            entry = None if self._cache is None else self._cache.entries.get(entry_key(source))
+            shape = len(source.matrices), source.num_rows, source.cols
+            if self._cache is not None and entry is not None:
+                if layout(source.numa, source.side, shape, self.nodes).nodes:
+                    for start, n_bytes, _ in source.packed_pieces(PIECE_BYTES):
+                        yield Request(self._cache, entry[0] + start, n_bytes, source.info.name)
+            elif source.type is source.info.type:
+                yield from (file.request(piece.range) for piece in source.pieces(PIECE_BYTES))
+
+    def use_cache(self, cache: PackedFile) -> None:
+        """Takes weights from a cache of their model file; it is closed when loading is over.
+
+        What is not for certain nodes is used where it is mapped, in pages of 4 KiB: the file must not be
+        changed while the model is in use.
+        """
+        self._cache = cache
+        mapping = mmap.mmap(cache.fd, 0, access=mmap.ACCESS_READ)
+        mapping.madvise(mmap.MADV_WILLNEED)
+        self._mapped = np.frombuffer(mapping, dtype=np.uint8)
+        self._mapped_address = self._mapped.ctypes.data
+
+    def write_cache(self, file: GGUFFile, sources: Sequence[TensorSource], path: Path) -> None:
+        """Packs matrices one after another into a cache file.
+
+        Raises:
+            CapacityError, OSError: see `PackedWriter`.
+        """
+        plain = [replace(source, numa="none") for source in sources]
+        self.prepare(file, plain)
+        try:
+            with PackedWriter(path, file, plain) as writer:
+                for source in plain:
+                    matrix = self.load_matrix(source)
+                    content = (ctypes.c_char * matrix.nbytes).from_address(matrix.address)
+                    writer.write(entry_key(source), memoryview(content).cast("B"))
+                writer.finish()
+        finally:
+            self._end_reading()
 
     def loading_done(self) -> None:
-        self._staging = None
+        self._end_reading()
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+        self.locality = locality_of(self._bound)
+        self._bound.clear()
+        if self.locality is not None and self.locality.warning:
+            logger.warning("%s", self.locality.warning)
 
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.nbytes)
@@ -136,7 +242,17 @@ class CpuBackend(Backend):
     def record(self) -> AbstractContextManager[Recording]:
         return _CpuRecording(self)
 
+    def _end_reading(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
     def close(self) -> None:
+        self._end_reading()
+        self._bound.clear()
+        if self._cache is not None:
+            self._cache.close()
+        self._mapped = None
         del self.pool
 
     def _result(self, like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import ModelError
 from hybrid.gguf import GGMLType, GGUFFile, TensorInfo, dequantize, quantize, row_bytes
+from hybrid.gguf.reader import Range
+from hybrid.placement.capabilities import GROUP_ROWS, matrix_bytes
 
 U8 = npt.NDArray[np.uint8]
 _WEIGHTS_AT_ONCE = 1 << 18  # of those that pass through float32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of the file that holds (matrix, first row, number of rows), one after another; matrices are
+    numbered as they are taken."""
+
+    range: Range
+    rows: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,9 @@ class TensorSource:
     batch 1) of which rows ``row_start:row_stop`` of the matrices ``selected`` are wanted, in that order;
     ``None``: of all. They are read in the format ``format``, into which they are quantised anew where the
     file has another; ``None``: as in the file.
+
+    ``numa`` is the mode in which a CPU with several nodes keeps it, and ``side`` what mode ``shard`` cuts:
+    see `hybrid.placement.numa`.
     """
 
     file: GGUFFile
@@ -34,6 +48,9 @@ class TensorSource:
     row_stop: int | None = None
     selected: tuple[int, ...] | None = None
     format: GGMLType | None = None
+    numa: str = "none"
+    side: str = "rows"
+    on_read: Callable[[int], None] = field(default=lambda n_bytes: None, compare=False)
 
     @property
     def matrices(self) -> Sequence[int]:
@@ -60,6 +77,46 @@ class TensorSource:
         """Bytes of the file that are taken."""
         return len(self.matrices) * self.num_rows * self.info.row_bytes
 
+    def pieces(self, max_bytes: int) -> Iterator[Piece]:
+        """What is taken, in pieces that are contiguous in the file and at most so long, or 16 rows."""
+        step = max(GROUP_ROWS, max_bytes // self.row_bytes // GROUP_ROWS * GROUP_ROWS)
+        rows: list[tuple[int, int, int]] = []
+        first = end = 0  # rows of the tensor
+        for index, matrix in enumerate(self.matrices):
+            for row in range(0, self.num_rows, step):
+                count = min(step, self.num_rows - row)
+                start = matrix * self.rows + self.row_start + row
+                if rows and (start != end or end + count - first > step):
+                    yield self._piece(first, end, rows)
+                    rows = []
+                if not rows:
+                    first = start
+                rows.append((index, row, count))
+                end = start + count
+        if rows:
+            yield self._piece(first, end, rows)
+
+    def _piece(self, first: int, end: int, rows: list[tuple[int, int, int]]) -> Piece:
+        size = self.info.row_bytes
+        return Piece(Range(self.info.name, first * size, (end - first) * size), tuple(rows))
+
+    def packed_pieces(self, max_bytes: int) -> Iterator[tuple[int, int, tuple[tuple[int, int, int], ...]]]:
+        """The matrices as a cache of packed weights has them, in pieces of at most so many bytes, or 16 rows.
+
+        Yields:
+            Where a piece begins, its bytes, and the (matrix, first row, number of rows) it holds.
+        """
+        group_bytes = matrix_bytes(self.type, "cpu", (1, GROUP_ROWS, self.cols))
+        of_matrix = -(-self.num_rows // GROUP_ROWS)
+        groups, step = len(self.matrices) * of_matrix, max(1, max_bytes // group_bytes)
+        for start in range(0, groups, step):
+            stop, rows = min(start + step, groups), []
+            for index in range(start // of_matrix, (stop - 1) // of_matrix + 1):
+                first = max(start - index * of_matrix, 0) * GROUP_ROWS
+                last = min((stop - index * of_matrix) * GROUP_ROWS, self.num_rows)
+                rows.append((index, first, last - first))
+            yield start * group_bytes, (stop - start) * group_bytes, tuple(rows)
+
     def read_rows(self, matrix: int, row: int, count: int, out: U8) -> None:
         """``count`` of the rows taken from a matrix, from the ``row``-th on, to the start of ``out``.
 
@@ -82,6 +139,7 @@ class TensorSource:
     def _read(self, first: int, count: int, out: U8) -> None:
         size = self.info.row_bytes
         self.file.read_into(self.info.name, out, first * size, count * size)
+        self.on_read(count * size)
 
     def _quantized(self, values: npt.NDArray[np.float32]) -> U8:
         try:

@@ -138,6 +138,8 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "-t", "--threads")
     flag(group, "--isa")
     add_rules(group)
+    flag(group, "--numa", default="auto")
+    flag(group, "--packed-cache")
     flag(group, "--ram")
     flag(group, "--fit")
     add_experts(group)
@@ -213,11 +215,22 @@ def open_model(args: argparse.Namespace, **options: Any) -> LLM:
     Shows a progress bar while it loads if stderr is a terminal.
     """
     rules = rules_for(args, args.model)  # a bad file is told before torch is loaded
-
+    end_on_bus_error(args)
     with byte_progress("loading") as show:
         from hybrid.llm import LLM
 
         return LLM(args.model, rules, args.ctx_size, progress=show, **runtime_options(args), **options)
+
+
+def end_on_bus_error(args: argparse.Namespace) -> None:
+    """With a packed cache, end with a line where the system cannot read a page of it."""
+    if args.packed_cache is not None:
+        from hybrid.kernels import cpu
+
+        cpu.end_on_bus_error(
+            f"hybrid: a file in {args.packed_cache} was changed or cut short while it was in use, or its "
+            "disk failed (SIGBUS); start again, which checks it and makes it anew where need be"
+        )
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,6 +243,8 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "fit": args.fit,
         "experts_per_token": args.experts_per_token,
         "expert_threshold": args.expert_threshold,
+        "numa": args.numa,
+        "packed_cache": args.packed_cache,
     }
 
 

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(group, "-t", "--threads")
     arguments.flag(group, "--isa")
     arguments.add_rules(group)
+    arguments.flag(group, "--numa", default="auto")
     arguments.add_experts(group)
 
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         max_num_batched_tokens=args.ubatch_size,
         experts_per_token=args.experts_per_token,
         expert_threshold=args.expert_threshold,
+        numa=args.numa,
     )
     with status_line() as announce:
 
@@ -135,6 +137,13 @@ def _line(cells: dict[str, str], widths: dict[str, int]) -> str:
     return f"| {' | '.join(padded)} |"
 
 
+def _locality(row: dict[str, Any]) -> str:
+    """How many of the pages with a NUMA node of their own are there."""
+    if row["numa_local"] is not None:
+        return f" ({row['numa_local']:.1%} of pages local)"
+    return " (UNVERIFIED)" if row["numa_verified"] is False else ""
+
+
 def _rule(width: int) -> str:
     dashes = "-" * (abs(width) - 1)
     return f" {dashes}- " if width < 0 else f" {dashes}: "
@@ -147,8 +156,9 @@ def _print_footer(rows: list[dict[str, Any]]) -> None:
     )
     if first["expert_threshold"]:
         experts += f" expert threshold {first['expert_threshold']:g},"
+    numa = first["numa"] + _locality(first)
     print(
-        f"\nisa {first['isa']}, {first['n_threads']} threads, numa {first['numa']},{experts}"
+        f"\nisa {first['isa']}, {first['n_threads']} threads, numa {numa},{experts}"
         f" placement {first['placement_hash']}"
     )
     for row in rows:

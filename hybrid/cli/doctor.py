@@ -38,7 +38,7 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [
         ("cores", _core_lines(found["cores"])),
         ("isa", _isa_lines(found["isa"])),
-        ("numa", _numa_lines(found["numa_nodes"])),
+        ("numa", [*_numa_lines(found["numa_nodes"]), _binding_line(found["numa_binding"])]),
         ("memory", _memory_lines(found["memory"])),
         ("bandwidth", _bandwidth_lines(found["bandwidth"])),
         ("rates", _rate_lines(found["rates"])),
@@ -70,9 +70,22 @@ def _numa_lines(nodes: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _binding_line(binding: dict[str, Any]) -> str:
+    because = f": {binding['problem']}" if binding["problem"] else ""
+    if binding["local_share"] is None:
+        return f"whether memory is where it is bound to cannot be verified{because}"
+    if binding["local_share"] < 1:
+        share = f"{binding['local_share']:.0%}"
+        return f"of memory bound to a node {share} is there (by {binding['method']}){because}"
+    return f"memory can be bound to nodes (verified by {binding['method']}){because}"
+
+
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     total, available = format_bytes(memory["total_bytes"]), format_bytes(memory["available_bytes"])
-    lines = [f"{total}, {available} available, {format_bytes(memory['swap_bytes'])} swap"]
+    lines = [
+        f"{total}, {available} available, {format_bytes(memory['swap_bytes'])} swap, "
+        f"overcommit {memory['overcommit']}"
+    ]
     if memory["cgroup_limit_bytes"] is not None:
         lines.append(f"limited to {format_bytes(memory['cgroup_limit_bytes'])} by the control group")
     if memory["locked_limit_bytes"] is not None:

@@ -31,6 +31,8 @@ COMMANDS = {
     "bench-kernels": "hybrid.cli.bench_kernels",
     "bench-serve": "hybrid.cli.bench_serve",
     "synth": "hybrid.cli.synth",
+    "pack": "hybrid.cli.pack",
+    "pull": "hybrid.cli.pull",
     "doctor": "hybrid.cli.doctor",
 }
 

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-np", "--parallel", default=1)
     arguments.flag(parser, "-ctk", "--cache-type-k", "--kv-format")
     arguments.add_rules(parser)
+    arguments.flag(parser, "--numa", default="auto")
     arguments.flag(parser, "--fit")
     arguments.add_experts(parser)
     add_machine(parser)
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         experts = ExpertUse(args.experts_per_token, args.expert_threshold)
         machine = machine_of(args)
         rules = arguments.rules_of(args, file, machine)
-        planner = Planner(file, rules, machine, experts)
+        planner = Planner(file, rules, machine, experts, args.numa)
         longest = planner.model.dims.context_length or DEFAULT_MAX_MODEL_LEN
         context = context_of(args.ctx_size, planner.rule_set, longest)
         if context > longest:

@@ -22,6 +22,8 @@ def sections(model: Model, plan: Plan, title: str) -> Iterator[str]:
         f"cache {size.kv_format}; {machine_line(plan)}\n"
     )
     yield memory_table(plan) + "\n"
+    if plan.node_bytes:
+        yield node_line(plan) + "\n"
     yield "\n".join(bars(plan.memory)) + "\n"
     yield prediction_line(plan) + "\n"
     yield "## Roles\n"
@@ -43,6 +45,17 @@ def machine_line(plan: Plan) -> str:
     modes = {part.numa for placement in plan.placements.values() for part in placement.parts} - {"none"}
     copies = f" ({'+'.join(sorted(modes))})" if modes else ""
     return f"{kind}: {machine.num_threads} threads, {machine.isa}{nodes}{copies}"
+
+
+def node_line(plan: Plan) -> str:
+    """What is bound to each NUMA node."""
+    budgets = {node.id: f" of {format_bytes(node.budget_bytes)}" for node in plan.machine.nodes}
+    bound = [
+        f"node {node} {format_bytes(n_bytes)}{budgets.get(node, '')}"
+        for node, n_bytes in sorted(plan.node_bytes.items())
+    ]
+    why = f"numa {plan.numa}: {plan.numa_reason}"
+    return f"{why}; bound to them {', '.join(bound)}; loading verifies where their pages are"
 
 
 def memory_table(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from hybrid import env
 from hybrid.backends.isa import select_isa
+from hybrid.backends.locality import Locality
 from hybrid.calibration import this_machine
 from hybrid.chat import ChatTemplate
 from hybrid.config import KV_FORMATS, EngineConfig, ExpertUse, KVFormat, model_path
@@ -23,6 +24,7 @@ from hybrid.models.loader import load_model
 from hybrid.models.registry import family_of
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, RunSize
+from hybrid.placement.numa import check_mode
 from hybrid.placement.planner import Plan, Planner
 from hybrid.placement.rules import Rules, RuleSet
 from hybrid.placement.settings import context_of, kv_format_of
@@ -52,6 +54,8 @@ class LoadOptions:
     experts_per_token: int | None = None
     expert_threshold: float | None = None
     kv_cache_tokens: int | None = None
+    numa: str = "auto"
+    packed_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *KV_FORMATS):
@@ -61,6 +65,7 @@ class LoadOptions:
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
             raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
         ExpertUse(self.experts_per_token, self.expert_threshold)
+        check_mode(self.numa, "numa")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class LoadedModel:
     isa: str
     num_threads: int
     experts: ExpertUse
+    locality: Locality | None = None
 
     def describe(self) -> str:
         """One line: what runs where, with which kernels, threads and context."""
@@ -84,6 +90,9 @@ class LoadedModel:
         use = self.experts
         reduced = "" if use.per_token is None else f", experts per token {use.per_token}"
         reduced += f", expert threshold {use.threshold:g}" if use.threshold else ""
+        local = "" if self.locality is None else f", {self.locality}"
+        nodes = f"NUMA {self.plan.numa} ({self.plan.numa_reason}{local}), "
+        cpu += nodes if self.plan.machine.num_nodes > 1 else ""
         context = self.engine.config.max_model_len
         return f"{self.path.name}: {self.plan.one_line()}; {cpu}context {context}{reduced}"
 
@@ -124,6 +133,7 @@ def load(
             kv_format=cast(KVFormat, placements.size.kv_format),
             progress=progress,
             config=_with_experts(hparams, planner.experts),
+            packed_cache=options.packed_cache,
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
@@ -133,8 +143,9 @@ def load(
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(
-        path, engine, tokenizer, template, placements, planner.model, isa, loaded.num_threads, planner.experts
-    )
+        path, engine, tokenizer, template, placements, planner.model, isa, loaded.num_threads,
+        planner.experts, loaded.locality,
+    )  # fmt: skip
 
 
 _loading_process: int | None = None  # the process that loaded a model first
@@ -155,7 +166,7 @@ def _planner(file: GGUFFile, options: LoadOptions, machine: Machine) -> Planner:
     if options.ram_bytes is not None:
         machine = machine.with_budget("cpu", options.ram_bytes)
     experts = ExpertUse(options.experts_per_token, options.expert_threshold)
-    return Planner(file, options.rules, machine, experts)
+    return Planner(file, options.rules, machine, experts, options.numa)
 
 
 def _plan(planner: Planner, options: LoadOptions, config: EngineConfig) -> Plan:

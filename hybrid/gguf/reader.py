@@ -22,6 +22,7 @@ import numpy as np
 
 from hybrid.errors import GGUFError
 from hybrid.gguf.fields import U8
+from hybrid.gguf.read_ahead import Request
 from hybrid.gguf.shards import Shard, open_shards
 from hybrid.gguf.types import GGMLType
 
@@ -38,6 +39,15 @@ _NO_MODEL: Final = {
     "imatrix": "an importance matrix, which serves to quantise a model",
     "vocab": "a vocabulary without weights",
 }
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of a tensor."""
+
+    tensor: str
+    offset: int
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,11 @@ class GGUFFile:
             raise
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The open files, in order."""
+        return tuple(self._shards)
+
+    @property
     def path(self) -> Path:
         """The file, or the first shard."""
         return self.paths[0]
@@ -167,7 +182,7 @@ class GGUFFile:
         Raises:
             GGUFError: no such tensor, or the file has changed since it was opened.
         """
-        info, shard = self._locate(name)
+        info, shard = self.locate(name)
         shard.check_unchanged()
         if info.shard not in self._maps:
             self._maps[info.shard] = mmap.mmap(shard.fd, 0, access=mmap.ACCESS_READ)
@@ -184,7 +199,7 @@ class GGUFFile:
             GGUFError: no such tensor, the range is outside it or larger than the buffer, the file has
                 changed or become shorter since it was opened, or the disk failed.
         """
-        info, shard = self._locate(name)
+        info, shard = self.locate(name)
         length = info.n_bytes - offset if length is None else length
         view = memoryview(buffer).cast("B")
         if not (offset >= 0 and length >= 0 and offset + length <= info.n_bytes and length <= view.nbytes):
@@ -207,6 +222,11 @@ class GGUFFile:
                                 found="none")  # fmt: skip
             done += count
 
+    def request(self, entry: Range) -> Request:
+        """The same bytes as a request for `hybrid.gguf.read_ahead.ReadAhead`. Raises as `locate` does."""
+        info, shard = self.locate(entry.tensor)
+        return Request(shard, info.offset + entry.offset, entry.n_bytes, entry.tensor)
+
     def close(self) -> None:
         """Closes all shards; twice does no harm. Arrays from `data` keep their mapping alive."""
         for mapping in self._maps.values():
@@ -224,7 +244,12 @@ class GGUFFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _locate(self, name: str) -> tuple[TensorInfo, Shard]:
+    def locate(self, name: str) -> tuple[TensorInfo, Shard]:
+        """A tensor's entry, and the open file it is in.
+
+        Raises:
+            GGUFError: there is no such tensor, or the file is closed.
+        """
         if self._closed:
             raise GGUFError("the file is closed", file=self.path, tensor=name)
         if name not in self.tensors:

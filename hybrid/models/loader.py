@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybrid.backends.base import Backend
+from hybrid.backends.locality import Locality
 from hybrid.config import KVFormat
+from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
 from hybrid.models.layer_steps import LayerSteps, run_layers
+from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
@@ -53,6 +57,11 @@ class Model:
     @property
     def num_threads(self) -> int:
         return getattr(self._backends.get("cpu"), "num_threads", 0)
+
+    @property
+    def locality(self) -> Locality | None:
+        """Whether weights are on their NUMA nodes; ``None`` where none have one."""
+        return getattr(self._backends.get("cpu"), "locality", None)
 
     @property
     def weight_bytes(self) -> dict[str, int]:
@@ -130,6 +139,7 @@ def load_model(
     kv_format: KVFormat = "f16",
     progress: Progress | None = None,
     config: Any = None,
+    packed_cache: Path | None = None,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -144,6 +154,7 @@ def load_model(
         progress: called after each tensor with the bytes loaded and the bytes in all. What it raises ends
             the loading and leaves nothing behind.
         config: the family's hyper-parameters where they have been read already.
+        packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
@@ -157,7 +168,10 @@ def load_model(
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
         check.finish(config.num_layers)
-        loader = WeightLoader(file, plan, backends, check.used, progress)
+        if packed_cache is not None and "cpu" in backends:
+            sources = check.matrices.get("cpu", [])
+            use_packed_cache(file, sources, backends["cpu"], packed_cache, progress)
+        loader = WeightLoader(file, plan, backends, check, progress)
         network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
@@ -165,3 +179,41 @@ def load_model(
         close_backends(backends)
         raise
     return Model(network, plan, backends, kv_format, loader.loaded_bytes)
+
+
+def pack_model(
+    file: GGUFFile,
+    *,
+    plan: Plan,
+    folder: Path,
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, bool]:
+    """Writes the cache of packed weights that `load_model` takes; the file, and whether it had to be written.
+
+    Raises:
+        GGUFError, ModelError, PlacementError: as `load_model`.
+        ConfigError: nothing is on the CPU, or another process is writing the cache.
+        CapacityError, OSError: the disk has too little room, or the folder cannot be written.
+    """
+    family = family_of(file)
+    config = family.read_config(file)
+    backends = create_backends(plan.devices, num_threads)
+    try:
+        check = WeightCheck(file, plan, backends)
+        family.load(config, check, 1)
+        check.finish(config.num_layers)
+        there = find_packed_cache(file, folder)
+        if there is not None:
+            return there, False
+        path = None
+        if "cpu" in backends:
+            sources = check.matrices.get("cpu", [])
+            path = use_packed_cache(file, sources, backends["cpu"], folder, progress)
+    finally:
+        close_backends(backends)
+    if path is None:
+        raise ConfigError(
+            f"{folder}: no cache was written: nothing is on the CPU, or another process is at it"
+        )
+    return path, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hybrid.gguf import DEQUANTIZABLE, GGMLType, GGUFFile, TensorInfo
 from hybrid.log import get_logger
 from hybrid.moe.groups import ExpertGroup, group_experts, require_one_device
 from hybrid.placement.capabilities import quantizing_problem
+from hybrid.placement.numa import side_of
 from hybrid.placement.plan import ExpertShare, Placement, Plan
 from hybrid.placement.roles import layer_of, role_of
 
@@ -133,7 +135,10 @@ class Weights(ABC):
         start, stop = (0, rows) if part is None else (part.start, part.stop)
         placed = self._placed(info.name, 0 if experts is None else experts[0])
         format_ = None if placed.format is None else GGMLType[placed.format]
-        return TensorSource(self.file, info, batch, rows, cols, start, stop, experts, format_)
+        side = side_of(info.name, role_of(info.name))
+        return TensorSource(
+            self.file, info, batch, rows, cols, start, stop, experts, format_, placed.numa, side
+        )
 
     def _placed(self, name: str, expert: int) -> Placement | ExpertShare:
         """What the plan says of a tensor, or of one expert of a divided stack."""
@@ -160,6 +165,7 @@ class WeightCheck(Weights):
     def __init__(self, file: GGUFFile, plan: Plan, backends: dict[str, Backend]) -> None:
         super().__init__(file, plan, backends)
         self._refused: dict[tuple[str, str], list[str]] = {}
+        self.matrices: dict[str, list[TensorSource]] = {}  # by device, in the order they are loaded
 
     def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
         if source.info.type not in DEQUANTIZABLE:
@@ -173,6 +179,7 @@ class WeightCheck(Weights):
             raise PlacementError(f"{rule}: {name} cannot be stored as {source.type.name}: {problem}")
         if not backend.can_multiply(source.type):
             self._refuse(backend, source.type, source.info.name)
+        self.matrices.setdefault(backend.name, []).append(source)
         return None
 
     def _refuse(self, backend: Backend, format_: GGMLType, name: str) -> None:
@@ -220,28 +227,32 @@ class WeightLoader(Weights):
         file: GGUFFile,
         plan: Plan,
         backends: dict[str, Backend],
-        needed: set[str],
+        check: WeightCheck,
         progress: Progress | None = None,
     ) -> None:
         super().__init__(file, plan, backends)
         self._progress = progress or (lambda done, total: None)
         self.loaded_bytes: dict[tuple[str, str], int] = {}
-        self._done_bytes, self._total_bytes = 0, sum(file.tensors[name].n_bytes for name in needed)
+        self._done_bytes, self._total_bytes = 0, sum(file.tensors[name].n_bytes for name in check.used)
+        for name, backend in backends.items():
+            backend.prepare(file, check.matrices.get(name, []))
 
     def _vector(self, backend: Backend, source: TensorSource) -> torch.Tensor:
-        vector = backend.load_vector(source)
+        vector = backend.load_vector(replace(source, on_read=self._advance))
         self._count(backend, source, vector.nbytes)
         return vector
 
     def _matrix(self, backend: Backend, source: TensorSource) -> Any:
-        weight = backend.load_matrix(source)
+        weight = backend.load_matrix(replace(source, on_read=self._advance))
         self._count(backend, source, backend.weight_bytes(weight))
         return weight
 
     def _count(self, backend: Backend, source: TensorSource, n_bytes: int) -> None:
         key = source.info.name, backend.name
         self.loaded_bytes[key] = self.loaded_bytes.get(key, 0) + n_bytes
-        self._done_bytes += source.n_bytes
+
+    def _advance(self, n_bytes: int) -> None:
+        self._done_bytes += n_bytes
         self._progress(self._done_bytes, self._total_bytes)
 
 

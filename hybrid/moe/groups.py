@@ -34,7 +34,7 @@ def group_experts(placements: Mapping[str, Placement], num_experts: int) -> list
     for expert in range(num_experts):
         shares = {name: owners[expert] for name, owners in of_tensor.items()}
         device = require_one_device(shares, f"weights of expert {expert}")
-        key = device, *(share.format or "" for share in shares.values())
+        key = device, *(f"{share.format} {share.numa}" for share in shares.values())
         groups.setdefault(key, []).append(expert)
     if len(groups) == 1:
         return [ExpertGroup(key[0], None) for key in groups]

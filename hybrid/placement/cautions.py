@@ -13,7 +13,6 @@ from hybrid.placement.sections import EXPERT_CACHE
 
 # What loading takes today; a plan may hold more.
 RUNNABLE_KINDS = ("cpu", "fake")
-RUNNABLE_NUMA = ("none",)
 _NEARLY_FULL = 0.97
 
 
@@ -22,9 +21,6 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
     absent = [device for device in plan.devices if kind_of(device) not in RUNNABLE_KINDS]
     if absent:
         yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
-    modes = sorted({part.numa for p in plan.placements.values() for part in p.parts} - {*RUNNABLE_NUMA})
-    if modes:
-        yield f"this build does not place memory by NUMA node yet: {', '.join(modes)} is planned, not done"
     yield from _without_kernel(model, plan)
     yield from _grown(model, plan)
     for memory in plan.memory.values():

@@ -37,6 +37,15 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Node:
+    """A NUMA node: bytes of it that may be used, and whether workers run there or it has memory alone."""
+
+    id: int
+    budget_bytes: int
+    has_workers: bool = True
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a CPU was measured to do with all its threads, by `hybrid.calibration`.
 
@@ -58,13 +67,15 @@ class Rates:
 @dataclass(frozen=True)
 class Machine:
     """``devices`` hold the CPU first. ``numa`` says whether copies for each node may be chosen; rates are
-    those measured on this machine, ``None`` where there are none."""
+    those measured on this machine, ``None`` where there are none. ``num_nodes`` counts nodes with workers;
+    ``nodes`` has what is known of them and of those with memory alone, nothing on an imagined machine."""
 
     devices: tuple[Device, ...] = (Device("cpu"),)
     num_nodes: int = 1
     num_threads: int = 1
     isa: str = "avx2"
     numa: bool = False
+    nodes: tuple[Node, ...] = ()
     imagined: bool = False
     pcie_bandwidth: float = DEFAULT_PCIE_BANDWIDTH
     rates: Rates | None = None
@@ -72,6 +83,17 @@ class Machine:
 
     def device(self, name: str) -> Device | None:
         return next((device for device in self.devices if device.name == name), None)
+
+    @property
+    def worker_nodes(self) -> tuple[int, ...]:
+        """Ids of the nodes with workers."""
+        known = tuple(node.id for node in self.nodes if node.has_workers)
+        return known or tuple(range(self.num_nodes))
+
+    @property
+    def node_ids(self) -> tuple[int, ...]:
+        """Ids of all nodes."""
+        return tuple(node.id for node in self.nodes) or self.worker_nodes
 
     @property
     def cpu(self) -> Device:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybrid.errors import PlacementError
 from hybrid.gguf import GGMLType
 from hybrid.placement.auto import Fixed, place_open
 from hybrid.placement.capabilities import kind_of
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, RunSize, Tensor
+from hybrid.placement.numa import shard_problem, side_of
 from hybrid.placement.plan import ExpertShare, Placement
 from hybrid.placement.rules import AUTO, Rule
 from hybrid.placement.rules.selection import Claim, Selection
@@ -23,7 +25,11 @@ class Placer:
         self.model, self.machine, self.selection, self.cache = model, machine, selection, cache
 
     def place(self, size: RunSize, numa: str) -> dict[str, Placement]:
-        """Every tensor; ``numa`` is what becomes of weights on the CPU where no rule says."""
+        """Every tensor; ``numa`` is what becomes of weights on the CPU where no rule says.
+
+        Raises:
+            PlacementError: a rule shards what cannot be cut.
+        """
         tensors, open_experts = self.model.tensors, self.selection.open_experts
         claims = self.selection.claims
         fixed = {
@@ -43,7 +49,7 @@ class Placer:
         """Claims that place alike become one share, and a single share the whole tensor."""
         groups: dict[tuple[str, str, str | None], list[Claim]] = {}
         for claim, device in decided:
-            key = device, self._numa(claim.rule, device, numa), _format(claim.rule, tensor)
+            key = device, self._numa(tensor, claim.rule, device, numa), _format(claim.rule, tensor)
             groups.setdefault(key, []).append(claim)
         count = sum(tensor.num_experts if c.experts is None else len(c.experts) for c, _ in decided)
         if len(groups) == 1 and count == tensor.num_experts:
@@ -59,11 +65,23 @@ class Placer:
         n_bytes = sum(share.n_bytes for share in shares)
         return Placement(shares[0].device, origins, n_bytes, shares=tuple(shares))
 
-    def _numa(self, rule: Rule, device: str, numa: str) -> str:
-        """One node holds everything, whatever its rule says."""
-        if kind_of(device) != "cpu" or self.machine.num_nodes == 1:
+    def _numa(self, tensor: Tensor, rule: Rule, device: str, numa: str) -> str:
+        """One node holds everything, whatever its rule says; vectors are too small to matter."""
+        nodes = self.machine.num_nodes
+        if kind_of(device) != "cpu" or len(self.machine.node_ids) == 1 or not tensor.parts:
             return "none"
-        return numa if rule.numa == "auto" else rule.numa
+        mode = numa if rule.numa == "auto" else rule.numa
+        if nodes == 1 and mode in ("replicate", "shard", "interleave"):
+            return "none"
+        problem = None
+        if mode == "shard":
+            problem = shard_problem(tensor.role, side_of(tensor.name, tensor.role), tensor.parts, nodes)
+        if problem is None:
+            return mode
+        if rule.numa == "auto" and tensor.role != "routed_experts":
+            return "replicate"  # a small part of the model
+        where = f"{rule.where('numa')}: numa" if rule.numa == "shard" else "--numa"
+        raise PlacementError(f"{where}: {tensor.name} cannot be divided: {problem}")
 
     def _bytes(
         self, tensor: Tensor, device: str, mode: str, format_: str | None, num_experts: int | None

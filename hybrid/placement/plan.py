@@ -80,6 +80,8 @@ class Plan:
         memory: device -> bytes there.
         size: what the run is sized for.
         prediction: ``None`` where the header does not tell enough.
+        numa: the mode of weights on the CPU for which no rule says one, and why it was chosen.
+        node_bytes: NUMA node -> bytes of weights bound to it.
         warnings: what is likely not meant, in whole sentences.
     """
 
@@ -88,6 +90,9 @@ class Plan:
     size: RunSize = field(default_factory=RunSize)
     machine: Machine = field(default_factory=Machine)
     prediction: Prediction | None = None
+    numa: str = "none"
+    numa_reason: str = ""
+    node_bytes: Mapping[int, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property

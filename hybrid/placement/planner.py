@@ -13,6 +13,7 @@ from hybrid.placement.cautions import cautions
 from hybrid.placement.cost import predict
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import SMALLEST_BATCH, DeviceMemory, Model, RunSize, memory_of, read_model
+from hybrid.placement.nodes import crowded_nodes, node_bytes, node_refusal, require_mode
 from hybrid.placement.placing import Placer
 from hybrid.placement.plan import Plan
 from hybrid.placement.refusal import refusal
@@ -36,6 +37,7 @@ def plan(
     size: RunSize | None = None,
     fit: bool = False,
     experts: ExpertUse | None = None,
+    numa: str = "auto",
 ) -> Plan:
     """Places every tensor of ``file``: the first rule that matches decides, `place_open` does the rest.
 
@@ -44,6 +46,7 @@ def plan(
         size: what the run is sized for.
         fit: shorten the context, and then the batch, until everything fits.
         experts: of those of a token, which are run; the model's own number if not given.
+        numa: what becomes of weights on the CPU where no rule says: see `hybrid.placement.numa`.
 
     Raises:
         PlacementError: the rules are malformed, or mean nothing for this model or machine.
@@ -51,7 +54,7 @@ def plan(
         CapacityError: a device's budget is exceeded; the message holds the table and what would fit.
         GGUFError: the header contradicts itself.
     """
-    return Planner(file, rules, machine or Machine(), experts).plan(size or RunSize(), fit=fit)
+    return Planner(file, rules, machine or Machine(), experts, numa).plan(size or RunSize(), fit=fit)
 
 
 class Planner:
@@ -64,8 +67,14 @@ class Planner:
     """
 
     def __init__(
-        self, file: GGUFFile, rules: Rules, machine: Machine, experts: ExpertUse | None = None
+        self,
+        file: GGUFFile,
+        rules: Rules,
+        machine: Machine,
+        experts: ExpertUse | None = None,
+        numa: str = "auto",
     ) -> None:
+        self.numa = require_mode(numa, machine)
         self.rule_set = None if rules == AUTO else load_rules(rules)
         self.experts = experts_of(experts or ExpertUse(), self.rule_set)
         self.model, self.machine = read_model(file), machine
@@ -92,6 +101,8 @@ class Planner:
             found = self.draft(self.largest_fitting(size))
         if _missing(found):
             raise CapacityError(refusal(self, found))
+        if crowded_nodes(found):
+            raise CapacityError(node_refusal(found))
         prediction = predict(self.model, found.placements, self.machine, found.size)
         return replace(found, prediction=prediction, warnings=tuple(cautions(self.model, found)))
 
@@ -123,12 +134,21 @@ class Planner:
 
     def draft(self, size: RunSize) -> Plan:
         """Placements and bytes, whether they fit or not."""
-        mode = "none"
-        if self.machine.numa and self.machine.num_nodes > 1:
-            mode = "replicate"
-        found = self._draft(size, mode)
-        if mode == "replicate" and found.memory[CPU].missing_bytes:
-            found = self._draft(size, "shard")
+        if self.numa != "auto":
+            return self._draft(size, self.numa, "asked for")
+        if not self.machine.numa or self.machine.num_nodes == 1:
+            return self._draft(size, "none", "there is one NUMA node to work on")
+        found, reason = self._draft(size, "replicate", "every node has room for a copy"), ""
+        if found.memory[CPU].missing_bytes or crowded_nodes(found):
+            reason = f"a copy for each of {self.machine.num_nodes} nodes does not fit"
+            try:
+                found = self._draft(size, "shard", reason)
+                if crowded_nodes(found):
+                    found = self._draft(size, "interleave", f"{reason}, nor do slices on every node")
+            except PlacementError as error:
+                found = self._draft(size, "interleave", f"{reason}; {error}")
+        if crowded_nodes(found):
+            found = self._draft(size, "none", f"{reason}, nor half of the pages")
         return found
 
     def largest_fitting(self, size: RunSize) -> RunSize:
@@ -161,14 +181,22 @@ class Planner:
             low, high = (low, middle) if _missing(self.draft(trial)) else (middle, high)
         return low * _CONTEXT_STEP
 
-    def _draft(self, size: RunSize, numa: str) -> Plan:
+    def _draft(self, size: RunSize, numa: str, reason: str) -> Plan:
         placements = self._placer.place(size, numa)
         budgets = [(device.name, device.budget_bytes) for device in self.machine.devices]
         memory = memory_of(self.model, placements, budgets, size, self.machine.num_threads)
         if self.rule_set is not None:
             require_cache_device(self.rule_set, self.model, placements)
             memory = with_expert_cache(memory, self.model, self.rule_set)
-        return Plan(placements, memory, size, self.machine)
+        return Plan(
+            placements,
+            memory,
+            size,
+            self.machine,
+            numa=numa,
+            numa_reason=reason,
+            node_bytes=node_bytes(self.model, placements, self.machine),
+        )
 
 
 def check(rule_set: RuleSet, file: GGUFFile, model: Model, machine: Machine) -> tuple[Selection, list[str]]:

@@ -146,6 +146,11 @@ def as_json(model: Model, plan: Plan) -> dict[str, Any]:
             }
             for name, memory in plan.memory.items()
         },
+        "numa": {
+            "mode": plan.numa,
+            "reason": plan.numa_reason,
+            "node_bytes": {str(node): n_bytes for node, n_bytes in sorted(plan.node_bytes.items())},
+        },
         "predicted": {
             "decode_tps": prediction and prediction.decode_tps,
             "prefill_tps": prediction and prediction.prefill_tps,

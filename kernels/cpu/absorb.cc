@@ -25,8 +25,9 @@ struct Tile {
   const PackedMatrix& matrix;
   GroupExpand expand;
   int64_t b, col, width;
+  int reader;
 
-  const uint8_t* group(int64_t index) const { return matrix.group(b, index); }
+  const uint8_t* group(int64_t index) const { return matrix.group(b, index, reader); }
 
   // The tile's part of a group is short and far from the next one's: ask for it early.
   void prefetch(int64_t index) const {
@@ -65,9 +66,9 @@ void linear_transposed_batched(ThreadPool& pool, const PackedMatrix& matrix, con
     workspaces[i] = {scratch.take<float>(kGroupRows * kTileColumns), scratch.take<float>(kTileTokens * matrix.rows()),
                      scratch.take<float>(kTileTokens * kTileColumns)};
   }
-  pool.parallel_for(matrix.batch() * tiles, [&](int64_t unit, int worker) {
+  auto work = [&](int64_t unit, int worker) {
     const int64_t b = unit / tiles, col = unit % tiles * kTileColumns;
-    const Tile tile{matrix, expand, b, col, std::min(kTileColumns, cols - col)};
+    const Tile tile{matrix, expand, b, col, std::min(kTileColumns, cols - col), pool.group_of(worker)};
     const Workspace& w = workspaces[worker];
     for (int64_t first = 0; first < num_tokens; first += kTileTokens) {
       const int64_t count = std::min(kTileTokens, num_tokens - first);
@@ -79,7 +80,17 @@ void linear_transposed_batched(ThreadPool& pool, const PackedMatrix& matrix, con
         std::copy_n(w.sums + t * kTileColumns, tile.width, out + (first + t) * out_token_stride + b * out_batch_stride + col);
       }
     }
-  });
+  };
+  // A tile has columns of all rows: where those are divided, every tile has some far ones.
+  if (matrix.division() == Division::kCopies) {
+    pool.parallel_for_divided(pool.split(matrix.batch() * tiles), work);
+  } else if (matrix.division() == Division::kBatch) {
+    UnitRanges ranges;
+    for (const PackedMatrix::Part& part : matrix.parts()) ranges.add((part.batch_end - part.batch_start) * tiles);
+    pool.parallel_for_divided(ranges, work);
+  } else {
+    pool.parallel_for(matrix.batch() * tiles, work);
+  }
 }
 
 }  // namespace hybrid

@@ -197,7 +197,6 @@ class Attention {
   }
 
   void load_keys(int32_t sequence, int32_t index, int32_t count, float* keys) const {
-    const LatentCache& cache = args_.cache;
     const int64_t id = args_.block_tables[sequence * args_.block_table_stride + index];
     for (int32_t k = 0; k < count; ++k) load_key(id * kCacheBlock + k, keys + k * width_);
   }

@@ -11,6 +11,7 @@
 
 #include "bindings_handoff.h"
 #include "bindings_matrix.h"
+#include "bindings_numa.h"
 #include "bindings_ops.h"
 #include "dispatch.h"
 #include "isa.h"
@@ -117,10 +118,17 @@ NB_MODULE(_cpu, m) {
   m.def("kernel_name", &kernel_name, "ggml_type"_a, "isa"_a,
         "Name of the row that computes with a format on an ISA, host support or not; None if there is none. Raises "
         "ValueError for an unknown ISA.");
-  m.def("physical_cores", &physical_cores, "One CPU number for each physical core this process may run on.");
+  m.def("physical_cores", [] { return physical_cores(); }, "One CPU number for each physical core this process may run on.");
   nb::class_<ThreadPool>(m, "ThreadPool", "Persistent workers; the calling thread is the first of them.")
-      .def(nb::init<int, const std::vector<int>&>(), "num_threads"_a, "cpus"_a = std::vector<int>())
-      .def_prop_ro("num_threads", &ThreadPool::num_threads);
+      .def(nb::init<int, const std::vector<int>&, const std::vector<int>&>(), "num_threads"_a, "cpus"_a = std::vector<int>(),
+           "groups"_a = std::vector<int>())
+      .def_prop_ro("num_threads", &ThreadPool::num_threads)
+      .def_prop_ro("num_groups", &ThreadPool::num_groups)
+      .def("split", [](const ThreadPool& pool, int64_t num_units) {
+        const UnitRanges ranges = pool.split(num_units);
+        return std::vector<int64_t>(ranges.ends, ranges.ends + ranges.count);
+      }, "num_units"_a, "Where the units end that each group of workers does of an operation on copies.");
+  bind_numa(m);
   bind_matrix(m);
   bind_ops(m);
   bind_handoff(m);

@@ -1,9 +1,19 @@
 #include "bindings_matrix.h"
 
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <iterator>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "bindings_address.h"
+#include "kernel_abi.h"
 #include "linear.h"
 #include "matrix.h"
 #include "recording.h"
@@ -14,9 +24,45 @@ using namespace nb::literals;
 namespace hybrid {
 namespace {
 
+constexpr const char* kDivisions[] = {"none", "copies", "batch", "rows", "cols"};
+
+void bind_new(PackedMatrix* self, int ggml_type, int64_t batch, int64_t rows, int64_t cols, const std::string& division,
+              const std::vector<int>& nodes, const std::vector<int64_t>& cuts) {
+  const auto found = std::find(std::begin(kDivisions), std::end(kDivisions), division);
+  if (found == std::end(kDivisions)) {
+    throw std::invalid_argument("PackedMatrix: division '" + division + "' is unknown; choose none, copies, batch, rows or cols");
+  }
+  new (self) PackedMatrix(ggml_type, batch, rows, cols, {static_cast<Division>(found - std::begin(kDivisions)), nodes, cuts});
+}
+
+nb::list list_parts(const PackedMatrix& m) {
+  nb::list parts;
+  for (const PackedMatrix::Part& part : m.parts()) {
+    nb::dict entry;
+    entry["node"] = part.node;
+    entry["address"] = reinterpret_cast<Address>(part.memory.data());
+    entry["nbytes"] = part.nbytes();
+    entry["batch"] = nb::make_tuple(part.batch_start, part.batch_end);
+    entry["rows"] = nb::make_tuple(part.group_start * kGroupRows, std::min(part.group_end * kGroupRows, m.rows()));
+    entry["cols"] = nb::make_tuple(part.col_start, part.col_end);
+    entry["problem"] = part.memory.problem();
+    parts.append(entry);
+  }
+  return parts;
+}
+
 void bind_pack(PackedMatrix& matrix, ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows,
                Address src) {
-  matrix.pack_rows(pool, batch_index, row_start, num_rows, pointer<const uint8_t>(src, "pack_rows", "src"));
+  matrix.pack_rows(pool, {{batch_index, row_start, num_rows}}, pointer<const uint8_t>(src, "pack_rows", "src"));
+}
+
+void bind_pack_ranges(PackedMatrix& matrix, ThreadPool& pool, const std::vector<std::tuple<int64_t, int64_t, int64_t>>& ranges,
+                      Address src, bool packed) {
+  std::vector<PackedMatrix::RowRange> list;
+  for (const auto& [batch_index, row_start, num_rows] : ranges) list.push_back({batch_index, row_start, num_rows});
+  const uint8_t* rows = pointer<const uint8_t>(src, "pack_ranges", "src");
+  nb::gil_scoped_release unlocked;
+  matrix.pack_rows(pool, list, rows, packed);
 }
 
 void bind_unpack(const PackedMatrix& matrix, int64_t batch_index, int64_t row_start, int64_t num_rows, Address dst) {
@@ -66,16 +112,26 @@ void bind_quantize(Address x, int64_t cols, Address codes, Address scales, Addre
 
 void bind_matrix(nb::module_& m) {
   nb::class_<PackedMatrix>(m, "PackedMatrix", "A weight, or a stack of them, in packed 16-row groups; new rows are zero.")
-      .def(nb::init<int, int64_t, int64_t, int64_t>(), "ggml_type"_a, "batch"_a, "rows"_a, "cols"_a)
+      .def("__init__", &bind_new, "ggml_type"_a, "batch"_a, "rows"_a, "cols"_a, "division"_a = "none",
+           "nodes"_a = std::vector<int>(), "cuts"_a = std::vector<int64_t>(),
+           "division: none, copies, batch, rows or cols; nodes: one for each part, -1: anywhere; cuts: see matrix.h.")
       .def_prop_ro("ggml_type", [](const PackedMatrix& m) { return m.format().ggml_type; })
       .def_prop_ro("batch", &PackedMatrix::batch)
       .def_prop_ro("rows", &PackedMatrix::rows)
       .def_prop_ro("cols", &PackedMatrix::cols)
       .def_prop_ro("nbytes", &PackedMatrix::nbytes, "Bytes of memory, padding rows included.")
-      .def_prop_ro("address", [](const PackedMatrix& m) { return reinterpret_cast<Address>(m.group(0, 0)); },
-                   "Address of the packed bytes; the layout is stated in block_formats.h.")
+      .def_prop_ro("address", [](const PackedMatrix& m) { return reinterpret_cast<Address>(m.parts()[0].memory.data()); },
+                   "Address of the packed bytes, of the first part; the layout is stated in block_formats.h.")
+      .def_prop_ro("division", [](const PackedMatrix& m) { return kDivisions[static_cast<size_t>(m.division())]; })
+      .def_prop_ro("parts", &list_parts, "Its pieces: node, address, nbytes, the ranges they hold, why memory is not bound.")
       .def("pack_rows", &bind_pack, "pool"_a, "batch_index"_a, "row_start"_a, "num_rows"_a, "src"_a, Unlocked(),
            "Packs GGUF rows; row_start and num_rows are multiples of 16, except that num_rows may end the matrix.")
+      .def("pack_ranges", &bind_pack_ranges, "pool"_a, "ranges"_a, "src"_a, "packed"_a = false,
+           "pack_rows for ranges (batch_index, row_start, num_rows) whose rows, or whose packed groups, stand one "
+           "behind the other.")
+      .def_static("over", [](int ggml_type, int64_t batch, int64_t rows, int64_t cols, Address packed) {
+        return new PackedMatrix(ggml_type, batch, rows, cols, pointer<uint8_t>(packed, "PackedMatrix.over", "packed"));
+      }, "ggml_type"_a, "batch"_a, "rows"_a, "cols"_a, "packed"_a, "Over packed bytes that the caller keeps, a mapped file.")
       .def("unpack_rows", &bind_unpack, "batch_index"_a, "row_start"_a, "num_rows"_a, "dst"_a, Unlocked(),
            "Writes GGUF rows, the inverse of pack_rows.");
   m.def("linear", &bind_linear, "pool"_a, "matrix"_a, "x"_a, "num_tokens"_a, "x_stride"_a, "out"_a, "out_stride"_a,

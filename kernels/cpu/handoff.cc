@@ -56,6 +56,8 @@ Handoff::Handoff(ThreadPool& pool, int cpu, double limit_s) : pool_(pool), limit
   // Signals are the host program's business.
   sigset_t all, before;
   sigfillset(&all);
+  // A fault is this thread's own, and is told of where it happens.
+  for (const int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
     service_ = std::thread([this] {
@@ -67,7 +69,7 @@ Handoff::Handoff(ThreadPool& pool, int cpu, double limit_s) : pool_(pool), limit
     throw;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (cpu != -1 && !pin_thread(service_.native_handle(), cpu)) {
+  if (cpu != -1 && !pin_thread(service_.native_handle(), {cpu})) {
     end_service();
     throw std::runtime_error("Handoff: the system refuses to bind a thread to CPU " + number(cpu));
   }

@@ -33,6 +33,8 @@ void check(const char* operation, bool good, const std::string& message) {
   if (!good) throw std::invalid_argument(std::string(operation) + ": " + message);
 }
 
+int64_t blocks_of(int64_t num_groups, int64_t groups) { return (num_groups + groups - 1) / groups; }
+
 int rows_in_group(const PackedMatrix& m, int64_t group) {
   return static_cast<int>(std::min<int64_t>(kGroupRows, m.rows() - group * kGroupRows));
 }
@@ -55,6 +57,7 @@ void quantize_rows(ThreadPool& pool, const PackedMatrix& m, const LinearArgs& a,
 }  // namespace
 
 void check_product(const char* operation, const PackedMatrix& m, int64_t in, int64_t out, const LinearArgs& a) {
+  check(operation, m.division() != Division::kCols, "a matrix divided by columns is for `moe` and `mlp` alone");
   check(operation, a.num_tokens >= 0, "the number of tokens must not be negative, found " + std::to_string(a.num_tokens));
   check(operation, a.num_tokens <= INT32_MAX, "the number of tokens must fit 32 bits, found " + std::to_string(a.num_tokens));
   check(operation, a.x, "the address of x is null");
@@ -71,13 +74,13 @@ void check_product(const char* operation, const PackedMatrix& m, int64_t in, int
 namespace {
 
 // Groups [group, end) of matrix `b` times the tokens of a tile; nothing past the matrix's rows is written.
-void run_groups(const KernelRow& kernel, const PackedMatrix& m, int64_t b, int64_t group, int64_t end,
+void run_groups(const KernelRow& kernel, const PackedMatrix& m, int64_t b, int64_t group, int64_t end, int reader,
                 const TokenTile& x, float* out, int64_t out_stride) {
   const int64_t whole = std::min(end, m.rows() / kGroupRows);
-  if (whole > group) kernel.gemm(m.group(b, group), whole - group, m.cols(), x, out + group * kGroupRows, out_stride);
+  if (whole > group) kernel.gemm(m.group(b, group, reader), whole - group, m.cols(), x, out + group * kGroupRows, out_stride);
   if (whole == end) return;
   alignas(64) float tile[kMostTileTokens * kGroupRows];
-  kernel.gemm(m.group(b, whole), 1, m.cols(), x, tile, kGroupRows);
+  kernel.gemm(m.group(b, whole, reader), 1, m.cols(), x, tile, kGroupRows);
   const size_t bytes = static_cast<size_t>(rows_in_group(m, whole)) * sizeof(float);
   for (int64_t t = 0; t < x.num_tokens; ++t)
     std::memcpy(out + t * out_stride + whole * kGroupRows, tile + t * kGroupRows, bytes);
@@ -150,26 +153,41 @@ void linear_batched(ThreadPool& pool, const PackedMatrix& m, const LinearArgs& a
   const bool tiled = kernel.gemm != nullptr && tokens >= kTileWorthwhile;
   const TokenTiles tiles(scratch, tiled ? pool.num_threads() : 0, tokens, m.cols());
   const int64_t groups = group_block(m.num_groups() * m.batch(), m.group_bytes(), pool.num_threads(), tiled);
-  const int64_t group_blocks = (m.num_groups() + groups - 1) / groups;
+  // One range of units for each slice of a divided matrix.
+  const size_t slices = m.division() == Division::kCopies ? 1 : m.parts().size();
+  UnitRanges units;
+  for (size_t i = 0; i < slices; ++i) {
+    const PackedMatrix::Part& part = m.parts()[i];
+    units.add((part.batch_end - part.batch_start) * token_blocks * blocks_of(part.num_groups(), groups));
+  }
   // Units that follow one another share a token block and stream through the weights.
-  pool.parallel_for(m.batch() * token_blocks * group_blocks, [&](int64_t unit, int worker) {
-    const int64_t b = unit / (token_blocks * group_blocks);
-    const int64_t t0 = unit / group_blocks % token_blocks * tokens;
-    const int64_t g0 = unit % group_blocks * groups;
+  auto work = [&](int64_t unit, int worker) {
+    int64_t place;
+    const PackedMatrix::Part& part = m.parts()[static_cast<size_t>(units.find(unit, place))];
+    const int64_t group_blocks = blocks_of(part.num_groups(), groups);
+    const int64_t b = part.batch_start + place / (token_blocks * group_blocks);
+    const int64_t t0 = place / group_blocks % token_blocks * tokens;
+    const int64_t g0 = part.group_start + place % group_blocks * groups;
     const int32_t count = static_cast<int32_t>(std::min(tokens, a.num_tokens - t0));
     const Activations x = quantised ? rows.rows(t0 * m.batch() + b, m.batch())
                                     : float_rows(a.x + t0 * a.x_token_stride + b * a.x_batch_stride, a.x_token_stride);
     float* out = a.out + t0 * a.out_token_stride + b * a.out_batch_stride;
-    const int64_t end_group = std::min(g0 + groups, m.num_groups());
+    const int64_t end_group = std::min(g0 + groups, part.group_end);
+    const int reader = pool.group_of(worker);
     if (tiled && count >= kTileWorthwhile) {
-      run_groups(kernel, m, b, g0, end_group, tiles.gather(worker, x, nullptr, count), out, a.out_token_stride);
+      run_groups(kernel, m, b, g0, end_group, reader, tiles.gather(worker, x, nullptr, count), out, a.out_token_stride);
       return;
     }
     for (int64_t g = g0; g < end_group; ++g) {
-      run_group(kernel, m.group(b, g), rows_in_group(m, g), m.cols(), x, nullptr, count, out + g * kGroupRows,
+      run_group(kernel, m.group(b, g, reader), rows_in_group(m, g), m.cols(), x, nullptr, count, out + g * kGroupRows,
                 a.out_token_stride);
     }
-  });
+  };
+  if (m.division() == Division::kNone) {
+    pool.parallel_for(units.total(), work);
+  } else {
+    pool.parallel_for_divided(m.division() == Division::kCopies ? pool.split(units.total()) : units, work);
+  }
 }
 
 void linear(ThreadPool& pool, const PackedMatrix& matrix, const float* x, int64_t num_tokens, int64_t x_stride,
@@ -189,10 +207,11 @@ void gather_rows(ThreadPool& pool, const PackedMatrix& m, const int32_t* ids, in
           "id " + std::to_string(ids[t]) + " at position " + std::to_string(t) + " is outside the table of " +
               std::to_string(m.rows()) + " rows");
   }
+  check(kName, m.division() != Division::kCols, "a matrix divided by columns is for `moe` and `mlp` alone");
   const KernelRow& kernel = kernel_for(m);
-  pool.parallel_for(num_tokens, [&](int64_t t, int) {
+  pool.parallel_for(num_tokens, [&](int64_t t, int worker) {
     alignas(64) float tile[kGroupRows * kActBlock];
-    const uint8_t* group = m.group(0, ids[t] / kGroupRows);
+    const uint8_t* group = m.group(0, ids[t] / kGroupRows, pool.group_of(worker));
     const int lane = ids[t] % kGroupRows;
     for (int64_t col = 0; col < m.cols(); col += kActBlock) {
       const int64_t n = std::min<int64_t>(kActBlock, m.cols() - col);

@@ -1,7 +1,7 @@
 #include "matrix.h"
 
-#include <sys/mman.h>
-
+#include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -10,8 +10,6 @@
 
 namespace hybrid {
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("PackedMatrix: " + message); }
 
@@ -34,30 +32,85 @@ const FormatInfo& require_format(int ggml_type) {
 
 }  // namespace
 
-PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols)
-    : format_(&require_format(ggml_type)), batch_(batch), rows_(rows), cols_(cols) {
-  if (batch < 1 || rows < 1 || cols < 1) {
-    refuse("every dimension must be at least 1, found [batch, rows, cols] = " + shape_text(batch, rows, cols));
-  }
-  if (cols % format_->block_cols != 0) {
-    refuse(std::string(format_->name) + " rows are blocks of " + std::to_string(format_->block_cols) +
-           " columns, found " + std::to_string(cols) + " columns");
-  }
-  num_groups_ = (rows - 1) / kGroupRows + 1;
-  group_bytes_ = checked_product(cols / format_->block_cols, int64_t{group_block_bytes(*format_)});
-  const int64_t bytes = checked_product(checked_product(batch, num_groups_), group_bytes_);
-  mapped_bytes_ = (static_cast<size_t>(bytes) + kHugePage - 1) / kHugePage * kHugePage;
-  if (static_cast<size_t>(bytes) < kHugePage) mapped_bytes_ = static_cast<size_t>(bytes);
-  // Not reserved: strict overcommit would count a model twice while it is read. Budgets are the planner's business.
-  void* data = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
-  // Advice only: without huge pages the kernels are slower, not wrong.
-  if (mapped_bytes_ >= kHugePage) madvise(data, mapped_bytes_, MADV_HUGEPAGE);
-  data_ = static_cast<uint8_t*>(data);
+PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols, const MatrixLayout& layout)
+    : format_(&require_format(ggml_type)), batch_(batch), rows_(rows), cols_(cols), division_(layout.division) {
+  check_shape();
+  check_layout(layout);
+  const size_t count = division_ == Division::kNone ? 1 : layout.nodes.size();
+  parts_.reserve(count);
+  for (size_t i = 0; i < count; ++i) add_part(layout, i);
 }
 
-PackedMatrix::~PackedMatrix() {
-  if (data_) munmap(data_, mapped_bytes_);
+PackedMatrix::PackedMatrix(int ggml_type, int64_t batch, int64_t rows, int64_t cols, uint8_t* packed)
+    : format_(&require_format(ggml_type)), batch_(batch), rows_(rows), cols_(cols), division_(Division::kNone) {
+  check_shape();
+  const size_t bytes = static_cast<size_t>(batch_ * num_groups_ * group_bytes_);
+  parts_.push_back({-1, 0, batch_, 0, num_groups_, 0, cols_, group_bytes_, NodeMemory::borrow(packed, bytes)});
+}
+
+// Sets what follows from the shape.
+void PackedMatrix::check_shape() {
+  if (batch_ < 1 || rows_ < 1 || cols_ < 1) {
+    refuse("every dimension must be at least 1, found [batch, rows, cols] = " + shape_text(batch_, rows_, cols_));
+  }
+  if (cols_ % format_->block_cols != 0) {
+    refuse(std::string(format_->name) + " rows are blocks of " + std::to_string(format_->block_cols) +
+           " columns, found " + std::to_string(cols_) + " columns");
+  }
+  num_groups_ = (rows_ - 1) / kGroupRows + 1;
+  group_bytes_ = checked_product(cols_ / format_->block_cols, int64_t{group_block_bytes(*format_)});
+  checked_product(checked_product(batch_, num_groups_), group_bytes_);
+}
+
+void PackedMatrix::check_layout(const MatrixLayout& layout) const {
+  const std::vector<int64_t>& cuts = layout.cuts;
+  const bool cut = division_ != Division::kNone && division_ != Division::kCopies;
+  if (layout.nodes.size() > static_cast<size_t>(ThreadPool::kMostGroups)) {
+    refuse("at most " + std::to_string(ThreadPool::kMostGroups) + " parts, found " + std::to_string(layout.nodes.size()));
+  }
+  if (division_ != Division::kNone && layout.nodes.empty()) refuse("a divided matrix needs a node for each part");
+  if (cuts.size() != (cut ? layout.nodes.size() + 1 : 0)) refuse("`cuts` must have one entry more than there are parts, or none where nothing is cut");
+  if (!cut) return;
+  const int64_t length = division_ == Division::kBatch ? batch_ : division_ == Division::kRows ? rows_ : cols_;
+  const int64_t step = division_ == Division::kBatch ? 1 : division_ == Division::kRows ? kGroupRows : format_->block_cols;
+  if (cuts.front() != 0 || cuts.back() != length) {
+    refuse("`cuts` must lead from 0 to " + std::to_string(length) + ", what is divided");
+  }
+  for (size_t i = 1; i < cuts.size(); ++i) {
+    if (cuts[i] <= cuts[i - 1]) refuse("every part must have something: `cuts` must ascend");
+    if (i + 1 < cuts.size() && cuts[i] % step != 0) refuse("`cuts` must be multiples of " + std::to_string(step) + ", found " + std::to_string(cuts[i]));
+  }
+}
+
+void PackedMatrix::add_part(const MatrixLayout& layout, size_t i) {
+  Part part{layout.nodes.empty() ? -1 : layout.nodes[i], 0, batch_, 0, num_groups_, 0, cols_, 0, {}};
+  if (division_ == Division::kBatch) part.batch_start = layout.cuts[i], part.batch_end = layout.cuts[i + 1];
+  if (division_ == Division::kCols) part.col_start = layout.cuts[i], part.col_end = layout.cuts[i + 1];
+  if (division_ == Division::kRows) {
+    part.group_start = layout.cuts[i] / kGroupRows;
+    part.group_end = (layout.cuts[i + 1] + kGroupRows - 1) / kGroupRows;
+  }
+  part.group_bytes = part.cols() / format_->block_cols * group_block_bytes(*format_);
+  const bool alternating = division_ == Division::kNone && layout.nodes.size() > 1;
+  if (alternating) part.node = -1;
+  const Spread spread = alternating ? Spread::kInterleave : part.node < 0 ? Spread::kFirstTouch : Spread::kBind;
+  part.memory = NodeMemory(static_cast<size_t>(part.nbytes()), spread, alternating ? layout.nodes : std::vector<int>{part.node});
+  parts_.push_back(std::move(part));
+}
+
+int64_t PackedMatrix::nbytes() const {
+  int64_t bytes = 0;
+  for (const Part& part : parts_) bytes += part.nbytes();
+  return bytes;
+}
+
+const uint8_t* PackedMatrix::divided_group(int64_t batch_index, int64_t index, int reader) const {
+  if (division_ == Division::kCopies) {
+    return parts_[static_cast<size_t>(reader) % parts_.size()].group(batch_index, index);
+  }
+  size_t i = 0;
+  while (batch_index >= parts_[i].batch_end || index >= parts_[i].group_end) ++i;
+  return parts_[i].group(batch_index, index);
 }
 
 void PackedMatrix::check_range(const char* operation, int64_t batch_index, int64_t row_start, int64_t num_rows) const {
@@ -77,23 +130,63 @@ void PackedMatrix::check_range(const char* operation, int64_t batch_index, int64
   }
 }
 
-void PackedMatrix::pack_rows(ThreadPool& pool, int64_t batch_index, int64_t row_start, int64_t num_rows,
-                             const uint8_t* src) {
-  check_range("pack_rows", batch_index, row_start, num_rows);
-  const int64_t first = row_start / kGroupRows;
-  pool.parallel_for((num_rows + kGroupRows - 1) / kGroupRows, [&](int64_t i, int) {
-    const int64_t done = i * kGroupRows;
-    const int count = static_cast<int>(num_rows - done < kGroupRows ? num_rows - done : kGroupRows);
-    uint8_t* group = data_ + (batch_index * num_groups_ + first + i) * group_bytes_;
-    pack_group(*format_, src + done * row_bytes(), count, cols_, group);
-  });
+void PackedMatrix::pack_rows(ThreadPool& pool, const std::vector<RowRange>& ranges, const uint8_t* src,
+                             bool packed) {
+  for (const RowRange& range : ranges) check_range("pack_rows", range.batch_index, range.row_start, range.num_rows);
+  // 16 rows of a range that a part takes: the part's units, by the part.
+  struct Unit {
+    const RowRange* range;
+    int64_t group, src_row;
+  };
+  std::vector<Unit> list;
+  UnitRanges units;
+  for (const Part& part : parts_) {
+    int64_t first_row = 0;
+    for (const RowRange& range : ranges) {
+      const int64_t first = range.row_start / kGroupRows, end = first + (range.num_rows + kGroupRows - 1) / kGroupRows;
+      const bool of_stack = range.batch_index >= part.batch_start && range.batch_index < part.batch_end;
+      for (int64_t g = std::max(first, part.group_start); of_stack && g < std::min(end, part.group_end); ++g)
+        list.push_back({&range, g, first_row + (g - first) * kGroupRows});
+      first_row += packed ? (end - first) * kGroupRows : range.num_rows;
+    }
+    units.add(static_cast<int64_t>(list.size()) - units.total());
+  }
+  auto pack = [&](int64_t i, int) {
+    int64_t place;
+    const Part& part = parts_[static_cast<size_t>(units.find(i, place))];
+    const Unit& unit = list[static_cast<size_t>(i)];
+    const RowRange& range = *unit.range;
+    const int count = static_cast<int>(std::min<int64_t>(kGroupRows, range.row_start + range.num_rows - unit.group * kGroupRows));
+    const int64_t offset = part.col_start / format_->block_cols * format_->block_bytes;
+    if (packed) {  // a group is its blocks one after another, 16 rows each
+      const int64_t packed_offset = part.col_start / format_->block_cols * group_block_bytes(*format_);
+      const uint8_t* group = src + unit.src_row / kGroupRows * group_bytes_ + packed_offset;
+      std::memcpy(part.group(range.batch_index, unit.group), group, static_cast<size_t>(part.group_bytes));
+      return;
+    }
+    pack_group(*format_, src + unit.src_row * row_bytes() + offset, row_bytes(), count, part.cols(),
+               part.group(range.batch_index, unit.group));
+  };
+  if (parts_.size() == 1) {
+    pool.parallel_for(units.total(), pack);
+  } else {
+    pool.parallel_for_divided(units, pack);
+  }
 }
 
 void PackedMatrix::unpack_rows(int64_t batch_index, int64_t row_start, int64_t num_rows, uint8_t* dst) const {
   check_range("unpack_rows", batch_index, row_start, num_rows);
-  for (int64_t done = 0; done < num_rows; done += kGroupRows) {
-    const int count = static_cast<int>(num_rows - done < kGroupRows ? num_rows - done : kGroupRows);
-    unpack_group(*format_, group(batch_index, (row_start + done) / kGroupRows), count, cols_, dst + done * row_bytes());
+  const size_t parts = division_ == Division::kCopies ? 1 : parts_.size();
+  for (size_t i = 0; i < parts; ++i) {
+    const Part& part = parts_[i];
+    if (batch_index < part.batch_start || batch_index >= part.batch_end) continue;
+    for (int64_t done = 0; done < num_rows; done += kGroupRows) {
+      const int64_t group = (row_start + done) / kGroupRows;
+      if (group < part.group_start || group >= part.group_end) continue;
+      const int count = static_cast<int>(std::min<int64_t>(kGroupRows, num_rows - done));
+      const int64_t offset = part.col_start / format_->block_cols * format_->block_bytes;
+      unpack_group(*format_, part.group(batch_index, group), count, part.cols(), dst + done * row_bytes() + offset, row_bytes());
+    }
   }
 }
 

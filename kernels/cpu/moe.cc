@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "linear.h"
 #include "ops.h"
@@ -29,16 +30,32 @@ struct Weight {
   bool rounds_input() const { return kernel.activation == ActFormat::q8; }
   bool takes_tiles(int64_t num_tokens) const { return kernel.gemm != nullptr && num_tokens >= kTileWorthwhile; }
 
-  // 16-row groups [group, end_group) of an expert, written side by side; from `tile` where the kernel takes one.
-  void multiply(int64_t expert, int64_t group, int64_t end_group, const Activations& x, const int32_t* token_ids,
-                int64_t num_tokens, const TokenTile& tile, float* out, int64_t out_stride) const {
+  // Groups that follow one another in memory, `cols` of their columns.
+  struct Slice {
+    const uint8_t* first;
+    int64_t num_groups, group_bytes, cols;
+  };
+
+  // 16-row groups [group, end_group) of an expert, for a reader of that group of workers.
+  Slice rows(int64_t expert, int64_t group, int64_t end_group, int reader) const {
+    return {matrix.group(expert, group, reader), end_group - group, matrix.group_bytes(), matrix.cols()};
+  }
+
+  // The same of a part that has some of the columns.
+  static Slice columns(const PackedMatrix::Part& part, int64_t expert, int64_t group, int64_t end_group) {
+    return {part.group(expert, group), end_group - group, part.group_bytes, part.cols()};
+  }
+
+  // Results are written side by side; from `tile` where the kernel takes one.
+  void multiply(const Slice& slice, const Activations& x, const int32_t* token_ids, int64_t num_tokens,
+                const TokenTile& tile, float* out, int64_t out_stride) const {
     if (takes_tiles(num_tokens)) {
-      kernel.gemm(matrix.group(expert, group), end_group - group, matrix.cols(), tile, out, out_stride);
+      kernel.gemm(slice.first, slice.num_groups, slice.cols, tile, out, out_stride);
       return;
     }
-    for (int64_t g = group; g < end_group; ++g) {
-      kernel.dot(matrix.group(expert, g), matrix.cols(), x, token_ids, static_cast<int32_t>(num_tokens),
-                 out + (g - group) * kGroupRows, out_stride);
+    for (int64_t g = 0; g < slice.num_groups; ++g) {
+      kernel.dot(slice.first + g * slice.group_bytes, slice.cols, x, token_ids, static_cast<int32_t>(num_tokens),
+                 out + g * kGroupRows, out_stride);
     }
   }
 };
@@ -61,7 +78,8 @@ class Layer {
         scratch_(Scratch::fresh()),
         num_experts_(gate.matrix.batch()),
         intermediate_(gate.matrix.rows()),
-        hidden_size_(down.matrix.rows()) {}
+        hidden_size_(down.matrix.rows()),
+        num_slices_(down.matrix.division() == Division::kCols ? static_cast<int64_t>(down.matrix.parts().size()) : 1) {}
 
   void run() {
     sort_pairs();
@@ -71,7 +89,7 @@ class Layer {
     }
     round_inputs();
     gate_and_up();
-    if (num_pairs_ <= kFewPairs) {
+    if (num_pairs_ <= kFewPairs && num_slices_ == 1) {
       down_and_sum();
     } else {
       down_by_slices();
@@ -131,7 +149,7 @@ class Layer {
   // A unit is some rows of gate and up for a share. Rounding needs 256 rows: a unit that has fewer leaves
   // it to the last of its block.
   void gate_and_up() {
-    const int64_t rows = rows_of_unit(intermediate_, num_shares_), units = (intermediate_ + rows - 1) / rows;
+    const int64_t rows = rows_of_unit(intermediate_, num_shares_);
     const bool rounds = down_.rounds_input();
     if (rounds) rounded_.emplace(scratch_, num_pairs_, intermediate_);
     if (!rounds || rows < kActBlock) plain_ = scratch_.take<float>(num_pairs_ * plain_stride_);
@@ -142,13 +160,40 @@ class Layer {
     const int64_t tile = kPairsPerShare * rows;
     float* tiles = scratch_.take<float>(2 * tile * pool_.num_threads());
     const TokenTiles inputs = token_tiles(gate_.matrix.cols());
-    pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int worker) {
-      const int64_t s = unit / units, row = unit % units * rows;
-      const int64_t end = std::min(row + rows, plain_stride_);
+    // The rows of each slice, where gate and up are cut.
+    const std::vector<PackedMatrix::Part>& parts = gate_.matrix.parts();
+    const bool cut = gate_.matrix.division() == Division::kRows;
+    UnitRanges units;
+    for (size_t i = 0; i < (cut ? parts.size() : 1); ++i) {
+      const int64_t length = cut ? parts[i].num_groups() * kGroupRows : plain_stride_;
+      units.add(num_shares_ * ((length + rows - 1) / rows));
+    }
+    for_units(units, cut, copied(gate_) || copied(up_), [&](int64_t unit, int worker) {
+      int64_t place;
+      const int i = units.find(unit, place);
+      const int64_t first = cut ? parts[i].group_start * kGroupRows : 0;
+      const int64_t last = cut ? parts[i].group_end * kGroupRows : plain_stride_;
+      const int64_t per_share = (last - first + rows - 1) / rows;
+      const int64_t s = place / per_share, row = first + place % per_share * rows;
+      const int64_t end = std::min(row + rows, last);
       float* gate_tile = tiles + 2 * tile * worker;
       activate(shares_[s], row, end, inputs, worker, gate_tile, gate_tile + tile);
       if (rounds) round_block(s, row, end, gate_tile);
     });
+  }
+
+  static bool copied(const Weight& weight) { return weight.matrix.division() == Division::kCopies; }
+
+  // Each range by the workers it belongs to, or all units by everyone, every group its part where it has a copy.
+  template <class F>
+  void for_units(const UnitRanges& units, bool cut, bool copies, F&& body) {
+    if (cut) {
+      pool_.parallel_for_divided(units, body);
+    } else if (copies) {
+      pool_.parallel_for_divided(pool_.split(units.total()), body);
+    } else {
+      pool_.parallel_for(units.total(), body);
+    }
   }
 
   // Room for the rows of the largest share.
@@ -168,8 +213,9 @@ class Layer {
     TokenTile tile;
     if (gate_.takes_tiles(share.size()) || up_.takes_tiles(share.size()))
       tile = inputs.gather(worker, inputs_, tokens, share.size());
-    gate_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), tile, target, stride);
-    up_.multiply(share.expert, group, end_group, inputs_, tokens, share.size(), tile, up_tile, width);
+    const int reader = pool_.group_of(worker);
+    gate_.multiply(gate_.rows(share.expert, group, end_group, reader), inputs_, tokens, share.size(), tile, target, stride);
+    up_.multiply(up_.rows(share.expert, group, end_group, reader), inputs_, tokens, share.size(), tile, up_tile, width);
     for (int64_t i = 0; i < share.size(); ++i) {
       ops_.swiglu(target + i * stride, up_tile + i * width, width, target + i * stride);
     }
@@ -198,19 +244,40 @@ class Layer {
 
   void multiply_down(const Share& share, int64_t group, int64_t end_group, const TokenTiles& hidden, int worker,
                      float* out, int64_t out_stride) const {
-    const Activations rows = hidden_rows(share);
+    const Weight::Slice slice = down_.rows(share.expert, group, end_group, pool_.group_of(worker));
+    multiply_slice(share, slice, hidden_rows(share), hidden, worker, out, out_stride);
+  }
+
+  // The share of the products that a part of down's columns has.
+  void multiply_down_part(const Share& share, const PackedMatrix::Part& part, int64_t group, int64_t end_group,
+                          const TokenTiles& hidden, int worker, float* out, int64_t out_stride) const {
+    Activations rows = hidden_rows(share);
+    if (rounded_) {
+      rows.q8 += part.col_start;
+      rows.scale += part.col_start / kActBlock;
+      rows.sum16 += part.col_start / 16;
+    } else {
+      rows.f32 += part.col_start;
+    }
+    multiply_slice(share, Weight::columns(part, share.expert, group, end_group), rows, hidden, worker, out, out_stride);
+  }
+
+  void multiply_slice(const Share& share, const Weight::Slice& slice, const Activations& rows, const TokenTiles& hidden,
+                      int worker, float* out, int64_t out_stride) const {
     TokenTile tile;
-    if (down_.takes_tiles(share.size())) tile = hidden.gather(worker, rows, nullptr, share.size());
-    down_.multiply(share.expert, group, end_group, rows, nullptr, share.size(), tile, out, out_stride);
+    if (down_.takes_tiles(share.size())) tile = hidden.gather(worker, rows, nullptr, share.size(), slice.cols);
+    down_.multiply(slice, rows, nullptr, share.size(), tile, out, out_stride);
   }
 
   // Few pairs: a unit takes some rows of down for all experts and sums them up.
   void down_and_sum() {
-    const int64_t rows = rows_of_unit(hidden_size_, 1), units = (hidden_size_ + rows - 1) / rows;
+    const int64_t rows = rows_of_unit(hidden_size_, 1);
     float* tiles = scratch_.take<float>(num_pairs_ * rows * pool_.num_threads());
     take_row_pointers();
     const TokenTiles hidden = token_tiles(intermediate_);
-    pool_.parallel_for(units, [&](int64_t unit, int worker) {
+    UnitRanges units;
+    units.add((hidden_size_ + rows - 1) / rows);
+    for_units(units, false, copied(down_), [&](int64_t unit, int worker) {
       const int64_t row = unit * rows, end_group = groups(std::min(row + rows, hidden_size_));
       float* tile = tiles + worker * num_pairs_ * rows;
       for (int64_t s = 0; s < num_shares_; ++s) {
@@ -223,22 +290,33 @@ class Layer {
     });
   }
 
-  // Many pairs: down's results are kept for a slice of the rows, then summed.
+  // Many pairs, or down cut by columns: results [num_slices_][num_pairs][slice] are kept for a slice of the rows,
+  // then summed.
   void down_by_slices() {
     const int64_t padded = round_up(hidden_size_, kGroupRows);
-    const int64_t affordable = kSliceBytes / static_cast<int64_t>(sizeof(float)) / num_pairs_ / kActBlock * kActBlock;
+    const int64_t affordable =
+        kSliceBytes / static_cast<int64_t>(sizeof(float)) / (num_pairs_ * num_slices_) / kActBlock * kActBlock;
     const int64_t slice = std::min(padded, std::max<int64_t>(kActBlock, affordable));
-    float* results = scratch_.take<float>(num_pairs_ * slice);
+    float* results = scratch_.take<float>(num_slices_ * num_pairs_ * slice);
     take_row_pointers();
     const TokenTiles hidden = token_tiles(intermediate_);
     for (int64_t first = 0; first < hidden_size_; first += slice) {
       const int64_t width = std::min(slice, padded - first);
-      const int64_t rows = rows_of_unit(width, num_shares_), units = (width + rows - 1) / rows;
-      pool_.parallel_for(num_shares_ * units, [&](int64_t unit, int worker) {
-        const Share& share = shares_[unit / units];
-        const int64_t row = unit % units * rows;
-        multiply_down(share, (first + row) / kGroupRows, groups(first + std::min(row + rows, width)), hidden, worker,
-                      results + share.first * slice + row, slice);
+      const int64_t rows = rows_of_unit(width, num_shares_ * num_slices_), per_share = (width + rows - 1) / rows;
+      UnitRanges units;
+      for (int64_t i = 0; i < num_slices_; ++i) units.add(num_shares_ * per_share);
+      for_units(units, num_slices_ > 1, copied(down_), [&](int64_t unit, int worker) {
+        int64_t place;
+        const int i = units.find(unit, place);
+        const Share& share = shares_[place / per_share];
+        const int64_t row = place % per_share * rows, group = (first + row) / kGroupRows;
+        const int64_t end_group = groups(first + std::min(row + rows, width));
+        float* out = results + (i * num_pairs_ + share.first) * slice + row;
+        if (num_slices_ == 1) {
+          multiply_down(share, group, end_group, hidden, worker, out, slice);
+        } else {
+          multiply_down_part(share, down_.matrix.parts()[static_cast<size_t>(i)], group, end_group, hidden, worker, out, slice);
+        }
       });
       for_each_token(pool_, args_.num_tokens, args_.k * width, [&](int64_t t, int worker) {
         sum_token(t, results, slice, first, std::min(width, hidden_size_ - first), worker);
@@ -246,18 +324,28 @@ class Layer {
     }
   }
 
-  void take_row_pointers() { rows_of_token_ = scratch_.take<const float*>(args_.k * pool_.num_threads()); }
+  void take_row_pointers() {
+    rows_of_token_ = scratch_.take<const float*>(args_.k * num_slices_ * pool_.num_threads());
+    if (num_slices_ > 1) weights_of_token_ = scratch_.take<float>(args_.k * num_slices_ * pool_.num_threads());
+  }
 
-  // out[token, row : row + n] from results [num_pairs][stride].
+  // out[token, row : row + n] from results [num_slices_][num_pairs][stride]: experts in top-k order, the slices of
+  // each in theirs.
   void sum_token(int64_t token, const float* results, int64_t stride, int64_t row, int64_t n, int worker) const {
-    const float** rows = rows_of_token_ + worker * args_.k;
-    for (int64_t i = 0; i < args_.k; ++i) {
-      const int32_t pair = pair_of_slot_[token * args_.k + i];
-      rows[i] = pair < 0 ? nullptr : results + pair * stride;
+    const int64_t count = args_.k * num_slices_;
+    const float** rows = rows_of_token_ + worker * count;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t pair = pair_of_slot_[token * args_.k + i / num_slices_];
+      rows[i] = pair < 0 ? nullptr : results + (i % num_slices_ * num_pairs_ + pair) * stride;
     }
     const float one = 1.0f;
     const float* weights = args_.topk_weights == nullptr ? &one : args_.topk_weights + token * args_.k;
-    ops_.weighted_sum(rows, weights, static_cast<int32_t>(args_.k), n, args_.out + token * hidden_size_ + row);
+    if (num_slices_ > 1) {
+      float* of_slices = weights_of_token_ + worker * count;
+      for (int64_t i = 0; i < count; ++i) of_slices[i] = weights[i / num_slices_];
+      weights = of_slices;
+    }
+    ops_.weighted_sum(rows, weights, static_cast<int32_t>(count), n, args_.out + token * hidden_size_ + row);
   }
 
   ThreadPool& pool_;
@@ -276,7 +364,10 @@ class Layer {
   std::optional<QuantizedRows> rounded_;
   float* plain_ = nullptr;
   std::atomic<int32_t>* ready_rows_ = nullptr;
+  // Down's parts, where it is cut by columns.
+  const int64_t num_slices_;
   const float** rows_of_token_ = nullptr;
+  float* weights_of_token_ = nullptr;
 };
 
 [[noreturn]] void refuse(const std::string& problem) { throw std::invalid_argument(problem); }
@@ -290,6 +381,32 @@ void check_shapes(const PackedMatrix& gate, const PackedMatrix& up, const Packed
   if (!alike || down.batch() != gate.batch() || down.cols() != gate.rows() || down.rows() != gate.cols()) {
     refuse(std::string(operation) + ": gate and up must be [experts, intermediate, hidden] and down [experts, hidden, " +
            "intermediate]; found gate " + shape_of(gate) + ", up " + shape_of(up) + ", down " + shape_of(down));
+  }
+}
+
+// Slices begin at multiples of 256 columns of the hidden rows, so that each has whole blocks of rounded activations.
+void check_division(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const char* operation) {
+  const std::string name(operation);
+  const auto one_of = [](const PackedMatrix& m, Division cut) {
+    return m.division() == Division::kNone || m.division() == Division::kCopies || m.division() == Division::kBatch || m.division() == cut;
+  };
+  if (!one_of(gate, Division::kRows) || !one_of(up, Division::kRows) || !one_of(down, Division::kCols)) {
+    refuse(name + ": gate and up may be cut by rows, down by columns, where a layer is divided between nodes");
+  }
+  const bool cut = gate.division() == Division::kRows;
+  bool alike = cut == (up.division() == Division::kRows) && (!cut || gate.parts().size() == up.parts().size());
+  for (size_t i = 0; cut && alike && i < gate.parts().size(); ++i) {
+    alike = gate.parts()[i].group_end == up.parts()[i].group_end;
+  }
+  if (!alike) refuse(name + ": gate and up must be cut at the same rows");
+  for (const PackedMatrix* m : {&gate, &down}) {
+    for (const PackedMatrix::Part& part : m->parts()) {
+      const int64_t start = m == &gate ? part.group_start * kGroupRows : part.col_start;
+      if (start % kActBlock != 0) {
+        refuse(name + ": slices of the intermediate dimension must begin at a multiple of " + std::to_string(kActBlock) +
+               ", found " + std::to_string(start));
+      }
+    }
   }
 }
 
@@ -324,6 +441,7 @@ void run_layer(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& u
 void moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
          const MoeArgs& args) {
   check_shapes(gate, up, down, "moe");
+  check_division(gate, up, down, "moe");
   check_ids(args, gate.batch());
   run_layer(pool, gate, up, down, args);
 }
@@ -331,6 +449,7 @@ void moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, con
 void mlp(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
          const float* x, int64_t num_tokens, float* out) {
   check_shapes(gate, up, down, "mlp");
+  check_division(gate, up, down, "mlp");
   if (gate.batch() != 1) refuse("mlp: takes a single expert, found gate " + shape_of(gate));
   run_layer(pool, gate, up, down,
             {.x = x, .num_tokens = num_tokens, .topk_ids = nullptr, .topk_weights = nullptr, .k = 1, .out = out});

@@ -7,6 +7,10 @@
 // Passes over the pool: rounding the inputs (on one thread where they are few); gate and up with SwiGLU and
 // rounding; down. The sum over experts is part of the last where there are few tokens, else a pass of its own for
 // every slice of down's rows.
+//
+// Divided between NUMA nodes, gate and up are cut by rows and down by columns at the same places, multiples of 256.
+// Workers read their node's slices alone; each expert's partial results are added in the order of the slices, which is
+// the one difference to a layer that is not divided: copies, and any number of workers, give equal bits.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <emmintrin.h>
+
 #include <cstring>
 
 #include "kernel_abi.h"
@@ -11,15 +13,15 @@ namespace {
 // file bit 4m + c <-> packed bit 8c + m
 uint32_t spread_bits(uint32_t word) {
   uint32_t out = 0;
-  for (int c = 0; c < 4; ++c)
-    for (int m = 0; m < 8; ++m) out |= ((word >> (4 * m + c)) & 1u) << (8 * c + m);
+  // The factor puts bit c of a nibble at 8c.
+  for (int m = 0; m < 8; ++m) out |= (((word >> (4 * m)) & 15u) * 0x00204081u & 0x01010101u) << m;
   return out;
 }
 
 uint32_t gather_bits(uint32_t word) {
   uint32_t out = 0;
-  for (int c = 0; c < 4; ++c)
-    for (int m = 0; m < 8; ++m) out |= ((word >> (8 * c + m)) & 1u) << (4 * m + c);
+  // The factor puts bit 8c at 24 + c.
+  for (int m = 0; m < 8; ++m) out |= (((word >> m & 0x01010101u) * 0x01020408u) >> 24 & 15u) << (4 * m);
   return out;
 }
 
@@ -49,6 +51,29 @@ void pack_field(const Field& f, const uint8_t* block, int row, uint8_t* plane) {
   }
 }
 
+// Units of four bytes of 16 rows, `stride` bytes apart: four rows' four units are transposed at once.
+void scatter_words(const uint8_t* field, int64_t stride, int count, uint8_t* plane) {
+  for (int row = 0; row < kGroupRows; row += 4) {
+    const uint8_t* first = field + row * stride;
+    int i = 0;
+    for (; i + 4 <= count; i += 4) {
+      const auto load = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(first + r * stride + i * 4)); };
+      const __m128i a = load(0), b = load(1), c = load(2), d = load(3);
+      const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
+      const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
+      const auto store = [&](int unit, __m128i words) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(plane + ((i + unit) * kGroupRows + row) * 4), words);
+      };
+      store(0, _mm_unpacklo_epi64(ab_low, cd_low));
+      store(1, _mm_unpackhi_epi64(ab_low, cd_low));
+      store(2, _mm_unpacklo_epi64(ab_high, cd_high));
+      store(3, _mm_unpackhi_epi64(ab_high, cd_high));
+    }
+    for (; i < count; ++i)
+      for (int r = 0; r < 4; ++r) std::memcpy(plane + (i * kGroupRows + row + r) * 4, first + r * stride + i * 4, 4);
+  }
+}
+
 void unpack_field(const Field& f, const uint8_t* plane, int row, uint8_t* block) {
   uint8_t* field = block + f.offset;
   if (f.spread_bits) {
@@ -67,35 +92,42 @@ void unpack_field(const Field& f, const uint8_t* plane, int row, uint8_t* block)
 
 }  // namespace
 
-void pack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst) {
+void pack_group(const FormatInfo& format, const uint8_t* src, int64_t row_stride, int num_rows, int64_t cols, uint8_t* dst) {
   const int64_t num_blocks = cols / format.block_cols;
-  const int64_t row_bytes = num_blocks * format.block_bytes;
   const int packed_bytes = group_block_bytes(format);
   if (num_rows < kGroupRows || format.recoded_bytes) std::memset(dst, 0, static_cast<size_t>(num_blocks * packed_bytes));
+  if (format.block_bytes == 4 && num_rows == kGroupRows) {  // blocks of one word: rows are one field
+    scatter_words(src, row_stride, static_cast<int>(num_blocks), dst);
+    return;
+  }
   for (int64_t b = 0; b < num_blocks; ++b) {
     uint8_t* plane = dst + b * packed_bytes;
     for (int row = 0; row < num_rows && format.recoded_bytes; ++row)
-      recode_block(format, src + row * row_bytes + b * format.block_bytes, row, plane);
+      recode_block(format, src + row * row_stride + b * format.block_bytes, row, plane);
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
+      if (f.unit == 4 && !f.spread_bits && num_rows == kGroupRows) {
+        scatter_words(src + b * format.block_bytes + f.offset, row_stride, f.count, plane);
+        plane += kGroupRows * f.unit * f.count;
+        continue;
+      }
       for (int row = 0; row < num_rows; ++row)
-        pack_field(f, src + row * row_bytes + b * format.block_bytes, row, plane);
+        pack_field(f, src + row * row_stride + b * format.block_bytes, row, plane);
       plane += kGroupRows * f.unit * f.count;
     }
   }
 }
 
-void unpack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst) {
+void unpack_group(const FormatInfo& format, const uint8_t* src, int num_rows, int64_t cols, uint8_t* dst, int64_t row_stride) {
   const int64_t num_blocks = cols / format.block_cols;
-  const int64_t row_bytes = num_blocks * format.block_bytes;
   for (int64_t b = 0; b < num_blocks; ++b) {
     const uint8_t* plane = src + b * group_block_bytes(format);
     for (int row = 0; row < num_rows && format.recoded_bytes; ++row)
-      restore_block(format, plane, row, dst + row * row_bytes + b * format.block_bytes);
+      restore_block(format, plane, row, dst + row * row_stride + b * format.block_bytes);
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
       for (int row = 0; row < num_rows; ++row)
-        unpack_field(f, plane, row, dst + row * row_bytes + b * format.block_bytes);
+        unpack_field(f, plane, row, dst + row * row_stride + b * format.block_bytes);
       plane += kGroupRows * f.unit * f.count;
     }
   }

@@ -87,6 +87,8 @@ def setup(**changes: Any) -> bench.Setup:
         "isa": "avx2",
         "n_threads": 2,
         "numa": "none",
+        "numa_local": None,
+        "numa_verified": None,
         "type_k": "f16",
         "n_ubatch": 512,
         "placement_hash": "0" * 12,

@@ -197,7 +197,8 @@ def test_json_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found.keys() == {
-        "cores", "isa", "numa_nodes", "huge_pages", "memory", "bandwidth", "rates", "gpus", "gpu_driver",
+        "cores", "isa", "numa_nodes", "numa_binding", "huge_pages", "memory", "bandwidth", "rates", "gpus",
+        "gpu_driver",
         "torch_cuda", "versions", "platform",
     }  # fmt: skip
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -44,13 +45,14 @@ def test_progress_may_interrupt(make_reference):
 def test_small_staging_memory_gives_the_same_weights(make_reference, open_model, monkeypatch):
     reference = make_reference("v3")
     expected = open_model(reference.path).logits(reference.ids)
-    monkeypatch.setattr(cpu_backend, "STAGING_BYTES", 1)  # 16 rows at a time
+    monkeypatch.setattr(cpu_backend, "PIECE_BYTES", 1)  # 16 rows at a time
     assert torch.equal(open_model(reference.path).logits(reference.ids), expected)
 
 
-def test_staging_memory_is_given_back(make_reference):
+def test_readers_end_with_the_loading(make_reference):
     model = load(make_reference("v3").path)
-    assert model._backends["cpu"]._staging is None
+    assert model._backends["cpu"]._reader is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hybrid-read")]
     model.close()
 
 

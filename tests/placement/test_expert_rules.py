@@ -181,14 +181,13 @@ def test_experts_may_have_several_formats(tiny):
 NODES = Machine((Device("cpu", GIB),), num_nodes=2, num_threads=2)
 
 
-@pytest.mark.parametrize("mode, copies", [("replicate", 2), ("shard", 1), ("interleave", 1), ("node:1", 1)])
+@pytest.mark.parametrize("mode, copies", [("replicate", 2), ("interleave", 1), ("node:1", 1)])
 def test_numa_modes(tiny, mode, copies):
     wanted = rules(({"role": "routed_experts"}, on("cpu", numa=mode)))
     found = plan(tiny, wanted, machine=NODES)
     assert found.placements[GATE].numa == mode
     assert found.placements[GATE].n_bytes == 8 * EXPERT * copies
     assert found.placements["output.weight"].numa == "none"
-    assert any(f"{mode} is planned, not done" in warning for warning in found.warnings)
 
 
 def test_one_node_needs_no_mode(tiny):

@@ -67,8 +67,7 @@ CASES = {
     ),
     "no such node": (
         "rules:\n" + rule("role: routed_experts", "device: cpu, numa: node:2"),
-        "r.yaml:4:32: numa: expected a node below 2, the number of NUMA nodes of this "
-        "machine, found 'node:2'",
+        "r.yaml:4:32: numa: expected a NUMA node of this machine, which has 0, 1, found 'node:2'",
     ),
     "layers": (
         "rules:\n" + rule("role: attention, layers: 1-60"),

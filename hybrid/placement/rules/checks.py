@@ -10,6 +10,7 @@ from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import can_multiply, kind_of, quantizing_problem
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, Tensor
+from hybrid.placement.numa import node_of
 from hybrid.placement.rules.ranges import ranges_of
 from hybrid.placement.rules.rule import Rule, RuleSet
 from hybrid.placement.rules.selection import Selection
@@ -72,11 +73,12 @@ def _devices(rule_set: RuleSet, machine: Machine) -> Iterator[str]:
                 f"`hybrid plan --vram {device}=24GiB` plans for one"
             )
     for rule in rule_set.rules:
-        mode, _, node = rule.numa.partition(":")
-        if mode == "node" and int(node) >= machine.num_nodes:
+        node = node_of(rule.numa)
+        if node is not None and node not in machine.node_ids:
+            ids = ", ".join(map(str, machine.node_ids))
             yield (
-                f"{rule.where('numa')}: numa: expected a node below {machine.num_nodes}, the number of NUMA "
-                f"nodes of this machine, found {rule.numa!r}"
+                f"{rule.where('numa')}: numa: expected a NUMA node of this machine, which has {ids}, "
+                f"found {rule.numa!r}"
             )
 
 

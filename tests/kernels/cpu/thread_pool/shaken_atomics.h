@@ -29,6 +29,9 @@ class Atomic {
   void store(T value, std::memory_order order = std::memory_order_seq_cst) {
     paused([&] { return value_.store(value, order), 0; });
   }
+  T exchange(T value, std::memory_order order = std::memory_order_seq_cst) {
+    return paused([&] { return value_.exchange(value, order); });
+  }
   T fetch_add(T n, std::memory_order order = std::memory_order_seq_cst) {
     return paused([&] { return value_.fetch_add(n, order); });
   }
