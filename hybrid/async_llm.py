@@ -62,7 +62,7 @@ class AsyncLLM:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            None if packed_cache is None else Path(packed_cache),
+            packed_cache,
         )  # fmt: skip
         limits = QueueLimits(max_queue, max_queue_wait_s)
         self._loaded = load(model, options, progress)

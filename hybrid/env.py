@@ -305,6 +305,7 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_SHARED_PREFIX": EnvVar(integer(0), "an integer >= 0", "tokens that all prompts begin with"),
     "HYBRID_REQUEST_TIMEOUT": EnvVar(positive, _SECONDS, "seconds for one request"),
     "HYBRID_ALLOW_REMOTE": EnvVar(boolean, _SWITCH, "load a server on another machine"),
+    "HYBRID_PULL_OUT": EnvVar(str, "a folder", "the folder to download to (default: the current one)"),
     "HF_ENDPOINT": EnvVar(str, "a URL", "the server `hybrid pull user/repo:QUANT` asks"),
     # Every command.
     "HYBRID_LOG_LEVEL": EnvVar(

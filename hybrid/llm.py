@@ -90,7 +90,7 @@ class LLM:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            None if packed_cache is None else Path(packed_cache),
+            packed_cache,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)

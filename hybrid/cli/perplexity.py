@@ -45,14 +45,9 @@ def run(args: argparse.Namespace) -> int:
     options = LoadOptions(
         arguments.rules_for(args, model),
         _DEFAULT_CONTEXT if args.ctx_size is None else args.ctx_size,
-        args.threads,
-        args.isa,
-        args.kv_format,
-        ram_bytes=args.ram,
-        fit=args.fit,
-        experts_per_token=args.experts_per_token,
-        expert_threshold=args.expert_threshold,
+        **arguments.runtime_options(args),
     )
+    arguments.end_on_bus_error(args)
     with byte_progress("loading") as progress:
         loaded = load(model, options, progress)
     try:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", help="user/repo:QUANT, as in user/model-GGUF:Q4_K_M, or a URL"
     )
-    arguments.flag(parser, "-o", "--out", help="the folder to download to (default: the current one)")
+    arguments.flag(parser, "-o", "--out", scope="pull", metavar="FOLDER")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = model_path(args.model)
     arguments.rules_for(args, args.model)  # a bad file or rule is told before the port is taken
+    arguments.end_on_bus_error(args)
     settings = server_settings(args, path.stem if args.model != "demo" else "demo")
     _log_to_stderr(args.log_level)
     if not settings.api_keys and not _is_loopback(settings.host):

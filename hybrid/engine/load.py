@@ -55,7 +55,7 @@ class LoadOptions:
     expert_threshold: float | None = None
     kv_cache_tokens: int | None = None
     numa: str = "auto"
-    packed_cache: Path | None = None
+    packed_cache: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *KV_FORMATS):
@@ -133,7 +133,7 @@ def load(
             kv_format=cast(KVFormat, placements.size.kv_format),
             progress=progress,
             config=_with_experts(hparams, planner.experts),
-            packed_cache=options.packed_cache,
+            packed_cache=None if options.packed_cache is None else Path(options.packed_cache),
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)

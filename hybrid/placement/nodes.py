@@ -10,6 +10,7 @@ from hybrid.placement.capabilities import kind_of
 from hybrid.placement.machine import Machine, Node
 from hybrid.placement.memory import Model
 from hybrid.placement.numa import bytes_by_node, check_mode, node_of, side_of
+from hybrid.placement.size_text import size_text
 
 if TYPE_CHECKING:
     from hybrid.placement.plan import Placement, Plan
@@ -50,10 +51,8 @@ def crowded_nodes(plan: Plan) -> list[Node]:
 
 def node_refusal(plan: Plan) -> str:
     """The message for a plan with crowded nodes."""
-    from hybrid.placement.refusal import gib
-
     rows = [
-        f"node {node.id}: {gib(plan.node_bytes.get(node.id, 0))} of weights, {gib(node.budget_bytes)} there"
+        f"node {node.id}: {size_text(plan.node_bytes.get(node.id, 0))} of weights, {size_text(node.budget_bytes)} there"
         for node in plan.machine.nodes
     ]
     crowded = ", ".join(str(node.id) for node in crowded_nodes(plan))
