@@ -51,9 +51,10 @@ def crowded_nodes(plan: Plan) -> list[Node]:
 
 def node_refusal(plan: Plan) -> str:
     """The message for a plan with crowded nodes."""
+    bound = [(node, size_text(plan.node_bytes.get(node.id, 0))) for node in plan.machine.nodes]
     rows = [
-        f"node {node.id}: {size_text(plan.node_bytes.get(node.id, 0))} of weights, {size_text(node.budget_bytes)} there"
-        for node in plan.machine.nodes
+        f"node {node.id}: {weights} of weights, {size_text(node.budget_bytes)} there"
+        for node, weights in bound
     ]
     crowded = ", ".join(str(node.id) for node in crowded_nodes(plan))
     return (
