@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hybrid.errors import QueueFullError, QueueTimeoutError
 from hybrid.server import sse
@@ -82,12 +82,23 @@ class Reply(Response):
         scope.setdefault("state", {})["record"] = record
         if self._context.settings.log_prompts:
             scope["state"]["prompt"] = self._answer.prompt_text()
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
         try:
             with self._context.work():
-                await while_connected(receive, self._work(send))
-        except (ClientGone, asyncio.CancelledError):
+                await while_connected(receive, self._work(watch))
+        except asyncio.CancelledError:
             record.outcome = "gone"
             raise
+        except ClientGone:
+            record.outcome = "gone"
+            if not started:
+                raise  # the log is told of a status; after the first byte there is nothing left to say
         except Exception as error:
             failure = self._failure(error)
             record.outcome = failure.code or failure.type

@@ -103,9 +103,12 @@ class Page:
         return self.browser.execute_script(script)
 
     def wait_for(self, condition, seconds=30):
+        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.browser, seconds, 0.02).until(lambda _: condition())
+        # The page replaces elements while it streams: look again.
+        wait = WebDriverWait(self.browser, seconds, 0.02, [StaleElementReferenceException])
+        return wait.until(lambda _: condition())
 
     def say(self, text):
         """Send with the Enter key and wait for the end of the answer."""
@@ -121,4 +124,4 @@ class Page:
 
     @property
     def texts(self):
-        return [each.get_property("textContent") for each in self.all("article .text")]
+        return self.run("return [...document.querySelectorAll('article .text')].map(e => e.textContent)")

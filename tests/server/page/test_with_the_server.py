@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -18,14 +19,16 @@ class Tab:
         return self.browser.find_element("css selector", selector).get_property("textContent")
 
     def texts(self):
-        found = self.browser.find_elements("css selector", "article .text")
-        return [each.get_property("textContent") for each in found]
+        # At once: the page replaces elements while it streams.
+        script = "return [...document.querySelectorAll('article .text')].map(each => each.textContent)"
+        return self.browser.execute_script(script)
 
     def type(self, text):
         self.browser.find_element("css selector", "#prompt").send_keys(text)
 
     def wait_for(self, condition):
-        WebDriverWait(self.browser, 30, 0.02).until(lambda _: condition())
+        wait = WebDriverWait(self.browser, 30, 0.02, [StaleElementReferenceException])
+        wait.until(lambda _: condition())
 
 
 @pytest.fixture
@@ -38,12 +41,12 @@ def test_a_conversation_and_a_stop(serve, tab, eventually):
     page = tab(server.url)
     page.wait_for(lambda: page.text("#model-name") == "demo")
     page.type("Tell a story." + Keys.ENTER)
-    page.wait_for(lambda: "word word word" in page.texts()[-1])
+    page.wait_for(lambda: any("word word word" in text for text in page.texts()))
     page.type(Keys.ESCAPE)
     eventually(lambda: server.engine.aborted == ["chatcmpl-0"])
     server.engine.pieces = ["The ", "end."]
     page.type("And then?" + Keys.ENTER)
-    page.wait_for(lambda: page.texts()[-1] == "The end.")
+    page.wait_for(lambda: "The end." in page.texts())
     assert len(server.engine.requests) == 2
 
 
