@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from hybrid.backends.isa import select_isa
-from hybrid.calibration import calibrate
+from hybrid.calibration import calibrate, rates_path, read_rates
 from hybrid.free_memory import cgroup_memory_limit
 from hybrid.gguf import GGMLType
 from hybrid.kernels import cpu
+from hybrid.placement.machine import Rates
 from hybrid.placement.rules.ranges import ranges_of
 from hybrid.system_files import processor_name, read_system_file
 
@@ -293,6 +294,12 @@ def torch_cuda() -> dict[str, Any] | None:
     }
 
 
+def _kept_in(rates: Rates, isa: str) -> str | None:
+    """The file that holds rates for later plans; ``None`` where it could not be written."""
+    kept = read_rates(rates.num_threads, isa) == rates
+    return str(rates_path(rates.num_threads, isa)) if kept else None
+
+
 def examine(
     *,
     isa: str | None = None,
@@ -306,6 +313,7 @@ def examine(
     """
     choice = isa_choice(isa)
     devices, driver = gpus()
+    load = os.getloadavg()[0]  # of others: what is measured below comes after
     speed = bandwidth(num_threads, announce=announce)
     rates = calibrate(speed.threads, speed.all_threads, announce=announce)
     return {
@@ -316,7 +324,9 @@ def examine(
         "huge_pages": asdict(huge_pages()),
         "memory": asdict(memory()),
         "bandwidth": asdict(speed),
+        "load_average": load,
         "rates": asdict(rates),
+        "rates_kept_in": _kept_in(rates, choice.chosen),
         "gpus": [asdict(gpu) for gpu in devices],
         "gpu_driver": driver,
         "torch_cuda": torch_cuda() if devices else None,

@@ -10,6 +10,8 @@ from hybrid.cli import arguments
 from hybrid.cli.progress import status_line
 from hybrid.cli.table import format_bytes
 
+_BUSY = 0.5  # processes that run or wait for each CPU, from where on figures suffer
+
 HELP = "show this machine's cores, instruction set, memory speed and GPUs"
 
 
@@ -40,8 +42,8 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("isa", _isa_lines(found["isa"])),
         ("numa", [*_numa_lines(found["numa_nodes"]), _binding_line(found["numa_binding"])]),
         ("memory", _memory_lines(found["memory"])),
-        ("bandwidth", _bandwidth_lines(found["bandwidth"])),
-        ("rates", _rate_lines(found["rates"])),
+        ("bandwidth", _bandwidth_lines(found)),
+        ("rates", _rate_lines(found["rates"], found["rates_kept_in"])),
         ("huge pages", _huge_page_lines(found["huge_pages"])),
         ("gpu", _gpu_lines(found)),
         ("versions", [", ".join(f"{name} {version}" for name, version in found["versions"].items())]),
@@ -93,13 +95,20 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _bandwidth_lines(bandwidth: dict[str, Any]) -> list[str]:
+def _bandwidth_lines(found: dict[str, Any]) -> list[str]:
+    bandwidth, load, num_cpus = found["bandwidth"], found["load_average"], found["cores"]["allowed"]
     one, every = bandwidth["one_thread"] / 1e9, bandwidth["all_threads"] / 1e9
-    return [f"{every:.1f} GB/s read by {bandwidth['threads']} threads, {one:.1f} GB/s by one (measured)"]
+    lines = [f"{every:.1f} GB/s read by {bandwidth['threads']} threads, {one:.1f} GB/s by one (measured)"]
+    if load > _BUSY * num_cpus:
+        lines.append(
+            f"others were busy (load {load:.1f} on {num_cpus} CPUs): measure again when they are not"
+        )
+    return lines
 
 
-def _rate_lines(rates: dict[str, Any]) -> list[str]:
-    lines = ["kept for `hybrid plan`; products of 1024 x 4096 weights, in 10^9 multiply-adds a second:"]
+def _rate_lines(rates: dict[str, Any], kept_in: str | None) -> list[str]:
+    kept = f"kept in {kept_in} for `hybrid plan`" if kept_in else "not kept: the cache folder takes no file"
+    lines = [f"{kept}; products of 1024 x 4096 weights, in 10^9 multiply-adds a second:"]
     for name, points in rates["weight_s"].items():
         speeds = ", ".join(
             f"{tokens / seconds / 1e9:.1f} with {tokens}" for tokens, seconds in points.items()

@@ -198,8 +198,7 @@ def test_json_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     found = json.loads(captured.out)
     assert found.keys() == {
         "cores", "isa", "numa_nodes", "numa_binding", "huge_pages", "memory", "bandwidth", "rates", "gpus",
-        "gpu_driver",
-        "torch_cuda", "versions", "platform",
+        "gpu_driver", "torch_cuda", "versions", "platform", "load_average", "rates_kept_in",
     }  # fmt: skip
     assert (
         found["cores"]["allowed"] == len(os.sched_getaffinity(0)) >= found["cores"]["physical_allowed"] >= 1
@@ -227,10 +226,17 @@ def test_seconds_of_weights_are_of_one_weight_and_all_tokens(monkeypatch: pytest
     assert found == dict.fromkeys(calibration.TOKENS, 1.0)
 
 
-def test_table_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_of_this_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(doctor, "_MEASURE_SECONDS", 0.05)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(calibration, "_SECONDS", 0.01)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert run() == 0
     out = capsys.readouterr().out
+    assert "others were busy (load 1000.0 on" in out and "not kept: the cache folder takes no file" in out
     for title in ("cores", "isa", "numa", "memory", "bandwidth", "rates", "huge pages", "gpu", "versions"):
         assert f"\n{title} " in f"\n{out}"
     assert "GB/s read by" in out
