@@ -23,6 +23,8 @@ from hybrid.backends.registry import create_backend
 from hybrid.config import model_path
 from hybrid.forward import SingleSequence
 from hybrid.gguf import GGUFFile
+from hybrid.gguf.read_ahead import Request
+from hybrid.gguf.reader import Range
 from hybrid.models import weights as weights_module
 from hybrid.models.loader import Model, load_model
 from hybrid.moe import experts as experts_module
@@ -197,7 +199,11 @@ def test_every_share_takes_the_bytes_that_are_planned(
 ) -> None:
     planned = make_plan(file, split)
     read: dict[str, list[tuple[int, int]]] = {}
-    read_into = GGUFFile.read_into
+    read_into, request = GGUFFile.read_into, GGUFFile.request
+
+    def noting_ahead(self: GGUFFile, entry: Range) -> Request:
+        read.setdefault(entry.tensor, []).append((entry.offset, entry.offset + entry.n_bytes))
+        return request(self, entry)
 
     def noting(self: GGUFFile, name: str, buffer: Any, offset: int = 0, length: int | None = None) -> None:
         count = file.tensors[name].n_bytes - offset if length is None else length
@@ -205,6 +211,7 @@ def test_every_share_takes_the_bytes_that_are_planned(
         read_into(self, name, buffer, offset, length)
 
     monkeypatch.setattr(GGUFFile, "read_into", noting)
+    monkeypatch.setattr(GGUFFile, "request", noting_ahead)
     loaded = load(planned).loaded_bytes
     for name, placement in planned.placements.items():
         for share in placement.shares or (placement,):
