@@ -41,6 +41,13 @@ class RunSize:
             return -(-self.kv_cache_tokens // BLOCK_SIZE) * BLOCK_SIZE
         return self.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
 
+    def smaller_batches(self) -> list[int]:
+        """``max_num_batched_tokens`` halved again and again, as far as fitting may, the largest first."""
+        found, least = [self.max_num_batched_tokens], max(SMALLEST_BATCH, self.max_num_seqs)
+        while found[-1] // 2 >= least:
+            found.append(found[-1] // 2)
+        return found[1:]
+
 
 @dataclass(frozen=True)
 class Tensor:

@@ -23,6 +23,7 @@ class Placer:
 
     def __init__(self, model: Model, machine: Machine, selection: Selection, cache: dict[str, int]) -> None:
         self.model, self.machine, self.selection, self.cache = model, machine, selection, cache
+        self._open: dict[tuple[str, str, str], Placement] = {}  # tensor, device, numa
 
     def place(self, size: RunSize, numa: str) -> dict[str, Placement]:
         """Every tensor; ``numa`` is what becomes of weights on the CPU where no rule says.
@@ -40,10 +41,17 @@ class Placer:
         devices = place_open(self.model, Fixed(fixed, open_experts, self.cache), self.machine, size)
         for tensor in tensors:
             if tensor.name in devices:
-                rest = Claim(_AUTO_RULE, open_experts.get(tensor.name))
-                decided = [(c, c.rule.device) for c in claims.get(tensor.name, ())]
-                fixed[tensor.name] = self._placement(tensor, [*decided, (rest, devices[tensor.name])], numa)
+                fixed[tensor.name] = self._open_placement(tensor, devices[tensor.name], numa)
         return {tensor.name: fixed[tensor.name] for tensor in tensors}
+
+    def _open_placement(self, tensor: Tensor, device: str, numa: str) -> Placement:
+        """Of what rules leave open on ``device``. Kept: looking for what fits draws up dozens of plans."""
+        key = tensor.name, device, numa
+        if key not in self._open:
+            decided = [(claim, claim.rule.device) for claim in self.selection.claims.get(tensor.name, ())]
+            rest = Claim(_AUTO_RULE, self.selection.open_experts.get(tensor.name))
+            self._open[key] = self._placement(tensor, [*decided, (rest, device)], numa)
+        return self._open[key]
 
     def _placement(self, tensor: Tensor, decided: Sequence[tuple[Claim, str]], numa: str) -> Placement:
         """Claims that place alike become one share, and a single share the whole tensor."""

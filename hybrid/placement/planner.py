@@ -12,7 +12,7 @@ from hybrid.placement.auto import CPU
 from hybrid.placement.cautions import cautions
 from hybrid.placement.cost import predict
 from hybrid.placement.machine import Machine
-from hybrid.placement.memory import SMALLEST_BATCH, DeviceMemory, Model, RunSize, memory_of, read_model
+from hybrid.placement.memory import DeviceMemory, Model, RunSize, memory_of, read_model
 from hybrid.placement.nodes import crowded_nodes, node_bytes, node_refusal, require_mode
 from hybrid.placement.placing import Placer
 from hybrid.placement.plan import Plan
@@ -153,15 +153,21 @@ class Planner:
 
     def largest_fitting(self, size: RunSize) -> RunSize:
         """The longest context that fits, with smaller batches where none does; ``size`` if nothing does."""
-        batch = size.max_num_batched_tokens
-        while True:
+        for batch in (size.max_num_batched_tokens, *size.smaller_batches()):
             smaller = replace(size, max_num_batched_tokens=batch)
             context = self._largest_context(smaller)
             if context:
                 return replace(smaller, max_model_len=context)
-            if batch // 2 < max(SMALLEST_BATCH, size.max_num_seqs):
-                return size
-            batch //= 2
+        return size
+
+    def fits(self, size: RunSize) -> bool:
+        """Whether no device's budget is exceeded."""
+        return not _missing(self.draft(size))
+
+    def can_fit(self, size: RunSize) -> bool:
+        """Whether anything of this cache format fits: the shortest context in the smallest steps does."""
+        batch = min(size.smaller_batches(), default=size.max_num_batched_tokens)
+        return self.fits(replace(size, max_model_len=_CONTEXT_STEP, max_num_batched_tokens=batch))
 
     def with_smaller_cache(self, size: RunSize) -> RunSize:
         """The same with a cache for fewer contexts than may run, as large as fits; for one at least."""
@@ -169,16 +175,19 @@ class Planner:
         low, high = one, size.cache_tokens // BLOCK_SIZE
         while high - low > 1:
             middle = (low + high) // 2
-            trial = replace(size, kv_cache_tokens=middle * BLOCK_SIZE)
-            low, high = (low, middle) if _missing(self.draft(trial)) else (middle, high)
+            fits = self.fits(replace(size, kv_cache_tokens=middle * BLOCK_SIZE))
+            low, high = (middle, high) if fits else (low, middle)
         return replace(size, kv_cache_tokens=low * BLOCK_SIZE)
 
     def _largest_context(self, size: RunSize) -> int:
-        low, high = 0, size.max_model_len // _CONTEXT_STEP + 1
+        """0 if the shortest does not fit; it is tried first, since where it does not every refusal asks."""
+        low, high, middle = 0, size.max_model_len // _CONTEXT_STEP + 1, 1
         while high - low > 1:
+            fits = self.fits(replace(size, max_model_len=middle * _CONTEXT_STEP))
+            low, high = (middle, high) if fits else (low, middle)
+            if not low:
+                break
             middle = (low + high) // 2
-            trial = replace(size, max_model_len=middle * _CONTEXT_STEP)
-            low, high = (low, middle) if _missing(self.draft(trial)) else (middle, high)
         return low * _CONTEXT_STEP
 
     def _draft(self, size: RunSize, numa: str, reason: str) -> Plan:

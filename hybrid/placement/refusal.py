@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from hybrid.config import KV_FORMATS
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
-from hybrid.placement.memory import SMALLEST_BATCH
 from hybrid.placement.size_text import size_text
 
 if TYPE_CHECKING:
@@ -58,22 +57,26 @@ def _sums(memory: DeviceMemory) -> tuple[str, ...]:
 
 def _changes(planner: Planner, found: Plan) -> Iterator[str]:
     size = found.size
+    formats = _smaller_formats(size.kv_format)
+    if planner.can_fit(replace(size, kv_format=formats[-1] if formats else size.kv_format)):
+        yield from _smaller_runs(planner, size, formats)
+    yield from _more_memory(planner, found)
+
+
+def _smaller_runs(planner: Planner, size: RunSize, formats: list[str]) -> Iterator[str]:
     fitted = planner.largest_fitting(size)
     if fitted != size:
         smaller = fitted.max_num_batched_tokens != size.max_num_batched_tokens
         steps = f" and {fitted.max_num_batched_tokens} tokens a step" if smaller else ""
         yield f"a context of {fitted.max_model_len} tokens (-c {fitted.max_model_len}){steps}"
-    for format_ in _smaller_formats(size.kv_format):
-        if _fits(planner, replace(size, kv_format=format_)):
+    for format_ in formats:
+        if planner.fits(replace(size, kv_format=format_)):
             yield f"a cache of {format_} (--kv-format {format_})"
             break
-    batch = size.max_num_batched_tokens // 2
-    while batch >= max(SMALLEST_BATCH, size.max_num_seqs):
-        if _fits(planner, replace(size, max_num_batched_tokens=batch)):
+    for batch in size.smaller_batches():
+        if planner.fits(replace(size, max_num_batched_tokens=batch)):
             yield f"{batch} tokens a step (max_num_batched_tokens, -ub)"
             break
-        batch //= 2
-    yield from _more_memory(planner, found)
 
 
 def _more_memory(planner: Planner, found: Plan) -> Iterator[str]:
@@ -105,7 +108,3 @@ def _smaller_formats(kv_format: str) -> list[str]:
     taken = cache_row_bytes(32, kv_format)
     smaller = [f for f in KV_FORMATS if cache_row_bytes(32, f) < taken]
     return sorted(smaller, key=lambda f: -cache_row_bytes(32, f))
-
-
-def _fits(planner: Planner, size: RunSize) -> bool:
-    return not any(memory.missing_bytes for memory in planner.draft(size).memory.values())

@@ -108,11 +108,32 @@ def test_bytes_on_each_device(opened, gib, nodes, context):
     assert gpu.total_bytes <= 24 * GIB and cpu.total_bytes <= gib * GIB
 
 
-def test_opening_and_planning_take_less_than_a_second(headers):
+@pytest.mark.parametrize("context", CACHE_BYTES)
+@pytest.mark.parametrize("gib, nodes", NUMA["Q2_K"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_opening_and_planning_take_less_than_a_second(headers, mix, gib, nodes, context):
+    """Of processor time, refusals included."""
     begin = time.process_time()
-    with GGUFFile.open(headers / "Q4_K_M", header_only=True) as file:
-        plan(file, machine=machine(512, 2), size=RunSize(65536))
+    with GGUFFile.open(headers / mix, header_only=True) as file:
+        if NUMA[mix][gib, nodes] is None:
+            with pytest.raises(CapacityError):
+                plan(file, machine=machine(gib, nodes), size=RunSize(context))
+        else:
+            plan(file, machine=machine(gib, nodes), size=RunSize(context))
     assert time.process_time() - begin < 1
+
+
+def test_a_refusal_that_finds_what_fits_takes_less_than_two_seconds(headers):
+    """It tries contexts, batches and cache formats on both nodes: about 0.7 s."""
+    tight = Machine((Device("cpu", 236 * GIB),), 2, num_threads=64, isa="avx2", numa=True, imagined=True)
+    size = RunSize(163840, max_num_seqs=4, max_num_batched_tokens=4096)
+    begin = time.process_time()
+    with (
+        GGUFFile.open(headers / "Q2_K", header_only=True) as file,
+        pytest.raises(CapacityError, match=r"a context of 768 tokens \(-c 768\) and 256 tokens a step"),
+    ):
+        plan(file, machine=tight, size=size)
+    assert time.process_time() - begin < 2
 
 
 def test_the_gpu_takes_what_every_token_reads(headers):
