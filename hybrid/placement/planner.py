@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import replace
 
 from hybrid.config import BLOCK_SIZE, ExpertUse
@@ -104,7 +105,8 @@ class Planner:
         if crowded_nodes(found):
             raise CapacityError(node_refusal(found))
         prediction = predict(self.model, found.placements, self.machine, found.size)
-        return replace(found, prediction=prediction, warnings=tuple(cautions(self.model, found)))
+        warnings = [*_shortened(size, found.size), *cautions(self.model, found)]
+        return replace(found, prediction=prediction, warnings=tuple(warnings))
 
     def explain(self, name: str, size: RunSize) -> list[str]:
         """The rules tried for a tensor, one line each, and where it goes.
@@ -226,6 +228,20 @@ def _outcome(rule: Rule, matches: bool, claim: Claim | None) -> str:
         return "matches, but the rule above has it"
     some = "" if claim.experts is None else f", experts {ranges_of(claim.experts)}"
     return f"matches: {rule.device}{some}"
+
+
+def _shortened(asked: RunSize, found: RunSize) -> Iterator[str]:
+    """What fitting has taken away."""
+    taken = [
+        f"{now} {what} in place of {before}"
+        for what, before, now in (
+            ("tokens of context", asked.max_model_len, found.max_model_len),
+            ("tokens a step", asked.max_num_batched_tokens, found.max_num_batched_tokens),
+        )
+        if now != before
+    ]
+    if taken:
+        yield f"fitted into the memory there is: {', '.join(taken)}"
 
 
 def _missing(found: Plan) -> list[DeviceMemory]:

@@ -181,6 +181,8 @@ def test_fitting_shortens_the_context_to_the_longest_that_fits(headers):
         with pytest.raises(CapacityError, match=r"a context of (\d+) tokens \(-c \1\)"):
             plan(file, machine=small, size=RunSize(163840))
         found = plan(file, machine=small, size=RunSize(163840), fit=True)
+        told = f"there is: {found.size.max_model_len} tokens of context in place of 163840"
+        assert told in found.warnings[0]
         assert found.size.max_num_batched_tokens == 512
         longer = RunSize(found.size.max_model_len + 256)
         with pytest.raises(CapacityError):
@@ -193,6 +195,7 @@ def test_fitting_takes_smaller_steps_where_no_context_fits(headers):
         tight = Machine((Device("cpu", weights + 400 * (1 << 20)),), num_threads=8)
         found = plan(file, machine=tight, size=RunSize(4096), fit=True)
         assert found.size.max_num_batched_tokens < 512
+        assert f"{found.size.max_num_batched_tokens} tokens a step in place of 512" in found.warnings[0]
         hopeless = Machine((Device("cpu", weights),), num_threads=8)
         with pytest.raises(CapacityError, match=r"more RAM \(--ram\), or as much less of weights"):
             plan(file, machine=hopeless, size=RunSize(4096), fit=True)
