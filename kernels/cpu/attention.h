@@ -4,19 +4,14 @@
 // normalised latent first, then the rotated key part that all heads share. kQ8_0: int8 in this layout,
 // and behind it the float16 scales, [num_blocks][kCacheBlock][ceil((latent_dim + rope_dim) / kScaleBlock)];
 // latent_dim is a multiple of kScaleBlock.
-//
-// Keys are taken in splits of kKeySplit, positions counted from the start of the sequence, and within
-// a split in blocks of kCacheBlock; the states of the splits are merged in ascending order. A query's
-// result therefore depends on its position and on the cache alone.
 #pragma once
 #include <cstdint>
 
+#include "flash_attention.h"
 #include "ops_table.h"
 #include "thread_pool.h"
 
 namespace hybrid {
-
-inline constexpr int kKeySplit = 512;
 
 struct LatentCache {
   void* data;
@@ -56,14 +51,9 @@ void mla_append(ThreadPool& pool, const MlaAppendArgs& args);
 struct MlaAttentionArgs {
   const float* q;         // [num_tokens][num_heads][head_dim]; the last rope_dim of each head is used
   const float* q_latent;  // [num_tokens][num_heads][latent_dim]
-  int64_t num_tokens, num_heads, head_dim;
+  QueryRows rows;
+  int64_t head_dim;
   LatentCache cache;
-  int64_t num_sequences;
-  const int32_t* positions;     // [num_tokens]
-  const int32_t* query_start;   // [num_sequences + 1]
-  const int32_t* seq_lens;      // [num_sequences]
-  const int32_t* block_tables;  // [num_sequences][block_table_stride]
-  int64_t block_table_stride;
   float scale;
   float* out;             // [num_tokens][num_heads][latent_dim]
 };

@@ -1,5 +1,6 @@
 // The operations' vector routines for avx2.
 #include "simd_f32_avx2.h"
+#include "simd_words_avx2.h"
 
 #include "ops_table.h"
 
@@ -9,7 +10,8 @@
 
 namespace hybrid {
 
-const OpsTable kOpsAvx2 = {rms_norm, rotate,  encode, decode, encode_q8, decode_q8, swiglu, weighted_sum,
-                      accumulate, softmax, sigmoid, attend, merge, divide, read};
+const OpsTable kOpsAvx2 = {rms_norm,   rotate,     encode,    decode,      encode_q8, decode_q8, swiglu, weighted_sum,
+                      accumulate, softmax,    sigmoid,   fix_key,     fix_key_q8, fix_query, pair_values,
+                      score,      soften,     gather,    merge,       finish,    read};
 
 }  // namespace hybrid

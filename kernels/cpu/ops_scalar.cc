@@ -1,5 +1,6 @@
 // The operations' vector routines for scalar.
 #include "simd_f32_scalar.h"
+#include "simd_words_scalar.h"
 
 #include "ops_table.h"
 
@@ -9,7 +10,8 @@
 
 namespace hybrid {
 
-const OpsTable kOpsScalar = {rms_norm, rotate,  encode, decode, encode_q8, decode_q8, swiglu, weighted_sum,
-                      accumulate, softmax, sigmoid, attend, merge, divide, read};
+const OpsTable kOpsScalar = {rms_norm,   rotate,     encode,    decode,      encode_q8, decode_q8, swiglu, weighted_sum,
+                      accumulate, softmax,    sigmoid,   fix_key,     fix_key_q8, fix_query, pair_values,
+                      score,      soften,     gather,    merge,       finish,    read};
 
 }  // namespace hybrid

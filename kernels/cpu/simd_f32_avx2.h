@@ -9,8 +9,6 @@ struct F32x16 {
   __m256 low, high;
 };
 
-constexpr int kScoreRows = 3, kScoreKeys = 2, kValueRows = 4, kValueVectors = 1;
-
 inline F32x16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, F32x16 v) {

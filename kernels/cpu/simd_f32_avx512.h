@@ -7,8 +7,6 @@ namespace {
 
 using F32x16 = __m512;
 
-constexpr int kScoreRows = 4, kScoreKeys = 4, kValueRows = 4, kValueVectors = 4;
-
 inline __mmask16 lanes_below(int64_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1);
 }

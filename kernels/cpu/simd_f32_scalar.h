@@ -13,9 +13,6 @@ struct F32x16 {
   float lane[16];
 };
 
-// Operands for the register tiles of attention: rows x keys of scores, rows x vectors of values.
-constexpr int kScoreRows = 2, kScoreKeys = 2, kValueRows = 2, kValueVectors = 2;
-
 inline uint32_t float_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -13,6 +13,9 @@ BLOCK = 64
 EPS = float(np.finfo(np.float32).eps)
 FORMATS = ["f32", "f16", "bf16", "q8_0"]
 SCALE_BLOCK = 32
+# Of fixed-point words, as `ops_table.h` has them.
+KEY_BLOCK, WORD_LIMIT, KEY_LIMIT = 128, 32767, 4095
+QUERY_SUM, WEIGHT_SUM = 2**19 - 2**15, 2**19 - 128
 
 
 def address(a: np.ndarray) -> int:
@@ -155,17 +158,51 @@ class World:
             start += s.new
 
     def check_token(self, out: np.ndarray, s: Sequence_, i: int) -> None:
+        expected, bound = self.expected(s, i)
+        assert (np.abs(out - expected) <= bound).all()
+
+    def expected(self, s: Sequence_, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Contexts ``[heads, latent]`` in float64, and what the kernels may be off by."""
         latent = self.shape.latent
         keys = s.rows[: s.length - s.new + i + 1].astype(np.float64)
-        query = np.concatenate([s.q_latent[i], s.q[i, :, self.shape.nope :]], -1).astype(np.float64)
-        scores = query @ keys.T * self.scale
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        # A score is a sum of width / 16 fused steps and 4 halvings; its error is a relative error of p.
-        score_error = EPS * (keys.shape[1] / 16 + 6) * (np.abs(query) @ np.abs(keys).T).max() * self.scale
-        # The chain of a split is at most 512 keys; exponentials and merges add a few roundings.
-        bound = np.abs(keys[:, :latent]).max() * (2 * score_error + EPS * (min(len(keys), 512) + 40))
-        np.testing.assert_allclose(out, p @ keys[:, :latent], rtol=0, atol=bound)
+        parts = [(s.q_latent[i], keys[:, :latent]), (s.q[i, :, self.shape.nope :], keys[:, latent:])]
+        scores = sum(q.astype(np.float64) @ k.T for q, k in parts) * self.scale
+        score_error = sum(score_errors(q.astype(np.float64), k, self.shape.fmt) for q, k in parts) * self.scale
+        return attend(scores, score_error, parts[0][1], self.shape.fmt)
+
+
+def key_units(keys: np.ndarray, fmt: str) -> tuple[np.ndarray, float]:
+    """Fixed-point units of rows, and how many of them a number may be off: a half, and in q8_0 a quarter for
+    the ratio of scales."""
+    return np.abs(keys).max(-1) * (1 + 2**-10) / KEY_LIMIT, 0.80 if fmt == "q8_0" else 0.51
+
+
+def score_errors(q: np.ndarray, keys: np.ndarray, fmt: str) -> np.ndarray:
+    """Of products ``[heads, keys]``: half a unit of every factor, and roundings of the float steps."""
+    units, share = key_units(keys, fmt)
+    key_error = (units * share)[None]
+    query_error = np.maximum(np.abs(q).sum(-1) / QUERY_SUM, np.abs(q).max(-1) / WORD_LIMIT)[:, None] * 0.51
+    terms = np.abs(q).sum(-1)[:, None] * key_error + np.abs(keys).sum(-1)[None] * query_error
+    return terms + keys.shape[1] * key_error * query_error + 8 * EPS * np.abs(q @ keys.T)
+
+
+def attend(
+    scores: np.ndarray, score_error: np.ndarray, values: np.ndarray, fmt: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts ``[heads, dim]`` of scores ``[heads, keys]`` in float64, and the bound of their error."""
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    # An error of a score is a relative error of its weight and of the sum.
+    relative = np.expm1(2 * score_error.max(-1, keepdims=True)) + EPS * (KEY_BLOCK + 60)
+    units, share = key_units(values, fmt)
+    bound = relative * (p @ np.abs(values)) + (p @ (units * share))[:, None]
+    for first in range(0, len(values), KEY_BLOCK):
+        block = slice(first, first + KEY_BLOCK)
+        weights = p[:, block] * units[block]
+        unit = np.maximum(weights.max(-1) / WORD_LIMIT, weights.sum(-1) / WEIGHT_SUM)
+        words = np.abs(values[block] / np.maximum(units[block], 1e-300)[:, None]).sum(0)
+        bound += 0.51 * unit[:, None] * words
+    return p @ values, bound
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -187,8 +224,27 @@ def test_token_counts(isa: str, new: int) -> None:
     world.check(world.run_all())
 
 
-def test_model_shape() -> None:
-    world = World(Shape(16, 512, 64, nope=128), [(1100, 3), (513, 1)])
+@pytest.mark.parametrize("fmt", ["f16", "q8_0"])
+def test_model_shape(fmt: str) -> None:
+    world = World(Shape(16, 512, 64, fmt, nope=128), [(1100, 3), (513, 1)])
+    out = world.run_all()
+    world.check(out)
+    # Units err either way, so that sums are far better than the bound: a tenth of a percent.
+    expected, _ = world.expected(world.sequences[0], 0)
+    assert np.sqrt(((out[0] - expected) ** 2).mean() / (expected**2).mean()) < 1e-3
+
+
+def test_numbers_of_all_sizes_in_one_row(isa: str) -> None:
+    # A query or a key of one large number comes to the limit of words, one of equal numbers to that of sums.
+    world = World(Shape(4, 64, 16, "f32"), [(300, 4)])
+    s = world.sequences[0]
+    s.q_latent[0], s.q_latent[0, :, 5] = 1e-3, 1e4
+    s.q_latent[1], s.q_latent[2], s.q_latent[3] = 3.0, 0.0, 1e-38
+    s.rows[:100, :64], s.rows[100:200, 7] = 2.5, 1e5
+    world.cache.store(
+        s.blocks[np.arange(300) // BLOCK].astype(np.int64) * BLOCK + np.arange(300) % BLOCK, s.rows
+    )
+    world.scale = 1e-9
     world.check(world.run_all())
 
 
