@@ -1,71 +1,21 @@
-"""A load generator: clients that stream completions from a server, and what they saw.
-
-Prompts are random token ids, so that their length is exact and no prefix is shared but one that is asked for.
-Times are the client's: to the first token, between tokens, to the end.
-"""
+"""One request of a load test, on a connection of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import json
-import random
-import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import h11
 
+from hybrid.bench_serve.options import LoadOptions
 from hybrid.errors import ConfigError, HybridError
-
-MAX_LENGTH = 1 << 20
-PERCENTILES = (50, 90, 99)
-_FIRST_ID = 256  # ids below are often control tokens or bytes
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """A distribution of token counts: ``N``, ``LOW-HIGH`` (uniform) or ``normal:MEAN,DEVIATION``.
-
-    Raises:
-        ConfigError: it is something else, or out of range.
-    """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        self.draw(random.Random(0))
-
-    def draw(self, generator: random.Random) -> int:
-        """A length, at least 1."""
-        if found := re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", self.text):
-            low = int(found[1])
-            high = int(found[2] or found[1])
-            if 1 <= low <= high <= MAX_LENGTH:
-                return generator.randint(low, high)
-        elif found := re.fullmatch(r"normal:(\d{1,7}),(\d{1,7})", self.text):
-            return min(max(1, round(generator.gauss(int(found[1]), int(found[2])))), MAX_LENGTH)
-        raise ConfigError(f"lengths: expected N, LOW-HIGH or normal:MEAN,DEVIATION, found {self.text!r}")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What to send. ``rate``: requests begun a second, with exponential pauses; ``None``: no pauses."""
-
-    url: str = "http://127.0.0.1:8000"
-    num_clients: int = 8
-    num_requests: int = 64
-    rate: float | None = None
-    prompt_tokens: Lengths = Lengths("128")
-    output_tokens: Lengths = Lengths("64")
-    shared_prefix: int = 0
-    request_timeout_s: float = 600.0
-    seed: int = 0
-    api_key: str | None = None
 
 
 @dataclass
@@ -97,86 +47,12 @@ def check_loopback(url: str) -> None:
         raise ConfigError(f"--url: {host} is another machine; --allow-remote if it is yours to load")
 
 
-async def measure(options: LoadOptions, on_sample: Callable[[Sample], None] = lambda sample: None) -> Result:
-    """Send the requests, at most ``num_clients`` at once.
+async def model_card(options: LoadOptions) -> dict[str, Any]:
+    """The server's model, as ``/v1/models`` has it.
 
     Raises:
         HybridError: the server cannot be reached, or has no model yet.
     """
-    model = await _model(options)
-    generator = random.Random(options.seed)
-    num_ids = model["meta"]["n_vocab"]
-    prefix = _prompt(generator, options.shared_prefix, num_ids)
-    places = asyncio.Semaphore(options.num_clients)
-    samples: list[Sample] = []
-
-    async def one(prompt: list[int], num_output: int) -> None:
-        async with places:
-            samples.append(await _request(options, model["id"], prompt, num_output))
-            on_sample(samples[-1])
-
-    started = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(options.num_requests):
-            prompt = prefix + _prompt(generator, options.prompt_tokens.draw(generator), num_ids)
-            group.create_task(one(prompt, options.output_tokens.draw(generator)))
-            if options.rate is not None:
-                await asyncio.sleep(generator.expovariate(options.rate))
-    return Result(options, model["id"], samples, time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class Result:
-    """All samples of a run that took ``duration_s``."""
-
-    options: LoadOptions
-    model: str
-    samples: list[Sample]
-    duration_s: float
-
-    def summary(self) -> dict[str, Any]:
-        """Counts, rates (per second) and percentiles (milliseconds)."""
-        good = [sample for sample in self.samples if sample.error is None]
-        errors: dict[str, int] = {}
-        for sample in self.samples:
-            if sample.error is not None:
-                errors[sample.error] = errors.get(sample.error, 0) + 1
-        num_prompt = sum(sample.num_prompt_tokens for sample in good)
-        num_output = sum(sample.num_output_tokens for sample in good)
-        return {
-            "model": self.model,
-            "clients": self.options.num_clients,
-            "requests": len(self.samples),
-            "answered": len(good),
-            "errors": errors,
-            "duration_s": round(self.duration_s, 3),
-            "prompt_tokens": num_prompt,
-            "cached_tokens": sum(sample.num_cached_tokens for sample in good),
-            "output_tokens": num_output,
-            "requests_per_second": round(len(good) / self.duration_s, 3),
-            "prompt_tokens_per_second": round(num_prompt / self.duration_s, 2),
-            "output_tokens_per_second": round(num_output / self.duration_s, 2),
-            "ttft_ms": percentiles([sample.first_token_s for sample in good]),
-            "inter_token_ms": percentiles([gap for sample in good for gap in sample.gaps_s]),
-            "total_ms": percentiles([sample.total_s for sample in good]),
-        }
-
-
-def percentiles(seconds: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean and nearest-rank percentiles in milliseconds; ``None`` if there is nothing."""
-    known = sorted(value * 1000 for value in seconds if value is not None)
-    if not known:
-        return None
-    found = {f"p{rank}": known[-(-rank * len(known) // 100) - 1] for rank in PERCENTILES}
-    return {name: round(value, 3) for name, value in {"mean": sum(known) / len(known), **found}.items()}
-
-
-def _prompt(generator: random.Random, length: int, num_ids: int) -> list[int]:
-    first = _FIRST_ID if num_ids > 2 * _FIRST_ID else 0
-    return [generator.randrange(first, num_ids) for _ in range(length)]
-
-
-async def _model(options: LoadOptions) -> dict[str, Any]:
     try:
         status, lines = await _exchange(options, "GET", "/v1/models", None)
         text = b"".join([line async for line in lines])
@@ -189,7 +65,8 @@ async def _model(options: LoadOptions) -> dict[str, Any]:
     return found
 
 
-async def _request(options: LoadOptions, model: str, prompt: list[int], num_output: int) -> Sample:
+async def complete(options: LoadOptions, model: str, prompt: list[int], num_output: int) -> Sample:
+    """Stream ``num_output`` tokens after ``prompt``; failures are in the sample."""
     sample = Sample(len(prompt))
     body = {
         "model": model,
