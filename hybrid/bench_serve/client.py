@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import itertools
 import json
 import socket
 import time
@@ -20,14 +21,25 @@ from hybrid.errors import ConfigError, HybridError
 
 @dataclass
 class Sample:
-    """What a client saw of one request. Seconds; ``error`` is why it was not answered."""
+    """What a client saw of one request. Seconds; ``error`` is why it was not answered.
+
+    ``begun`` and ``token_times`` are readings of `time.perf_counter`.
+    """
 
     num_prompt_tokens: int
-    first_token_s: float | None = None
+    begun: float = 0.0
+    token_times: list[float] = field(default_factory=list)
     total_s: float | None = None
-    gaps_s: list[float] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def first_token_s(self) -> float | None:
+        return self.token_times[0] - self.begun if self.token_times else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [later - earlier for earlier, later in itertools.pairwise(self.token_times)]
 
     @property
     def num_output_tokens(self) -> int:
@@ -65,9 +77,11 @@ async def model_card(options: LoadOptions) -> dict[str, Any]:
     return found
 
 
-async def complete(options: LoadOptions, model: str, prompt: list[int], num_output: int) -> Sample:
-    """Stream ``num_output`` tokens after ``prompt``; failures are in the sample."""
-    sample = Sample(len(prompt))
+async def complete(
+    options: LoadOptions, model: str, prompt: list[int], num_output: int, sample: Sample | None = None
+) -> Sample:
+    """Stream ``num_output`` tokens after ``prompt``; failures are in the sample, which fills meanwhile."""
+    sample = Sample(len(prompt)) if sample is None else sample
     body = {
         "model": model,
         "prompt": prompt,
@@ -75,6 +89,7 @@ async def complete(options: LoadOptions, model: str, prompt: list[int], num_outp
         "min_tokens": num_output,
         "ignore_eos": True,
         "stream": True,
+        "return_token_ids": True,  # an event for each token, also for one that is half a character
         "stream_options": {"include_usage": True},
     }
     try:
@@ -88,7 +103,7 @@ async def complete(options: LoadOptions, model: str, prompt: list[int], num_outp
 
 
 async def _watch(options: LoadOptions, body: dict[str, Any], sample: Sample) -> None:
-    started = last = time.perf_counter()
+    sample.begun = time.perf_counter()
     status, lines = await _exchange(options, "POST", "/v1/completions", body)
     ended = False
     async for line in lines:
@@ -103,12 +118,8 @@ async def _watch(options: LoadOptions, body: dict[str, Any], sample: Sample) -> 
                 sample.error = str(event["error"].get("type"))
             sample.usage = event.get("usage") or sample.usage
             if event.get("choices"):
-                if sample.first_token_s is None:
-                    sample.first_token_s = now - started
-                else:
-                    sample.gaps_s.append(now - last)
-                last = now
-    sample.total_s = time.perf_counter() - started
+                sample.token_times.append(now)
+    sample.total_s = time.perf_counter() - sample.begun
     if sample.error is None and not ended:
         sample.error = "cut off"
 

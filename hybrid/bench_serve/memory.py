@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def slope(samples: Sequence[ProcessSample]) -> Slope | None:
     found = sum((s.seconds - mean_x) * (s.resident_bytes - mean_y) for s in kept) / spread
     residuals = [s.resident_bytes - mean_y - found * (s.seconds - mean_x) for s in kept]
     total = sum(r * r for r in residuals)
-    alike = sum(a * b for a, b in zip(residuals, residuals[1:], strict=False)) / total if total else 0.0
+    alike = sum(a * b for a, b in itertools.pairwise(residuals)) / total if total else 0.0
     alike = min(max(alike, 0.0), 0.99)
     independent = max(count * (1 - alike) / (1 + alike), 3.0)
     error = math.sqrt(total / count / (independent - 2) / (spread / count))

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(parser, "-s", "--seed", default=0)
     arguments.flag(parser, "--api-key")
     arguments.flag(parser, "--allow-remote")
+    arguments.flag(parser, "--long-prompt")
     arguments.flag(parser, "--watch")
     arguments.flag(parser, "--watch-interval", default=10.0)
     arguments.flag(parser, "-o", "--output", default="md", choices=("md", "json"))
@@ -44,11 +45,36 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.allow_remote:
         check_loopback(options.url)
+    if args.long_prompt is not None:
+        return _run_beside(options, args)
     summary = asyncio.run(_measure(options, args))
     print(json.dumps(summary, indent=2) if args.output == "json" else table(summary))
     if summary["errors"]:
         print(f"hybrid: not answered: {summary['errors']}", file=sys.stderr)
     return 0 if summary["answered"] else 1
+
+
+def _run_beside(options: LoadOptions, args: argparse.Namespace) -> int:
+    """A long prompt beside running streams."""
+    from hybrid.bench_serve.beside import measure_beside
+
+    found = asyncio.run(measure_beside(options, args.long_prompt))
+    if args.output == "json":
+        print(json.dumps(found, indent=2))
+        return 0
+    largest = ", ".join(f"{gap:.0f}" for gap in found["largest_gaps_ms"])
+    gaps = found["gap_ms"]
+    print(
+        f"{found['streams']} streams alone: a token every {found['usual_gap_ms']:.1f} ms (median; largest "
+        f"{found['usual_largest_gap_ms']:.1f})\n"
+        f"beside a prompt of {found['long_prompt']} tokens, {found['gaps']} gaps: p50 {gaps['p50']:.1f}, p90 "
+        f"{gaps['p90']:.1f}, p99 {gaps['p99']:.1f} ms; largest {largest} ms\n"
+        f"largest gap: {found['largest_to_usual']:.2f} x the median alone, {found['largest_to_median']:.2f} "
+        f"x the median beside the prompt\n"
+        f"prompt: {found['alone_tokens_per_second']:.1f} tokens/s alone, "
+        f"{found['beside_tokens_per_second']:.1f} beside the streams: {found['prefill_share']:.1%}"
+    )
+    return 0
 
 
 async def _measure(options: LoadOptions, args: argparse.Namespace) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def mock(serve, monkeypatch):
 
     def start(**script):
         server = serve(**script)
-        server.context.card.meta["n_vocab"] = 4096
+        server.context.card.meta.update(n_vocab=4096, n_ctx=8000)
         return server
 
     return start
@@ -159,3 +159,17 @@ def test_watching_a_process(mock, capsys):
     assert "KiB a minute (standard error)" in printed
     assert main([*arguments, "--watch", "4194304"]) == 2
     assert "--watch: process 4194304" in capsys.readouterr().err
+
+
+def test_a_long_prompt_beside_streams(mock, capsys):
+    server = mock(pieces=["a"] * 4000, step_s=0.01, prefill_s=0.2, max_model_len=8000)
+    arguments = ["bench-serve", "--url", server.url, "--clients", "3", "-p", "5", "--long-prompt", "50"]
+    assert main([*arguments, "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["streams"], found["long_prompt"]) == (3, 50)
+    assert 8 < found["usual_gap_ms"] <= found["usual_largest_gap_ms"]
+    assert found["gaps"] >= 3
+    assert found["largest_gaps_ms"][0] >= found["gap_ms"]["p99"] >= found["gap_ms"]["p50"]
+    assert 0.3 < found["prefill_share"] < 3  # the mock computes prompts beside streams
+    assert main(arguments) == 0
+    assert "x the median alone" in capsys.readouterr().out
