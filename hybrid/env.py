@@ -299,6 +299,14 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_URL": EnvVar(str, "an address, as in http://127.0.0.1:8000", "the server to measure"),
     "HYBRID_CLIENTS": EnvVar(integer(1), _COUNT, "requests under way at once"),
     "HYBRID_REQUESTS": EnvVar(integer(1), _COUNT, "requests in all"),
+    "HYBRID_DURATION": EnvVar(positive, _SECONDS, "seconds to begin requests, instead of a number of them"),
+    "HYBRID_WATCH": EnvVar(
+        integer(1), "a process id", "the server's process: print its memory, descriptors, threads and slope"
+    ),
+    "HYBRID_WATCH_INTERVAL": EnvVar(positive, _SECONDS, "seconds between two looks at that process"),
+    "HYBRID_LONG_PROMPT": EnvVar(
+        integer(2), "an integer >= 2", "instead: tokens of a prompt that arrives while --clients streams run"
+    ),
     "HYBRID_RATE": EnvVar(positive, _NUMBER, "requests begun a second, at random times (default: no pause)"),
     "HYBRID_PROMPT_TOKENS": EnvVar(str, _LENGTHS, "prompt lengths: N, LOW-HIGH, or normal:MEAN,DEVIATION"),
     "HYBRID_OUTPUT_TOKENS": EnvVar(str, _LENGTHS, "answer lengths: N, LOW-HIGH, or normal:MEAN,DEVIATION"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass, field
 
-import torch
-
 from hybrid.engine.sequence import Sequence
+from hybrid.models.layer_steps import LayerSteps
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Batch:
     items: list[ScheduledSequence]
     decodes: bool
     held_blocks: list[int] = field(default_factory=list)
-    steps: Generator[None, None, torch.Tensor] | None = None
+    steps: LayerSteps | None = None
 
     @property
     def num_tokens(self) -> int:

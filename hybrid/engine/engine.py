@@ -47,7 +47,7 @@ class Engine:
         self.model_runner = ModelRunner(model)
         self.sampler = Sampler()
         self._constraint_factory = constraint_factory
-        self.interrupted: Callable[[], bool] = lambda: False  # asked between layers of a prompt
+        self.interrupted: Callable[[], bool] = lambda: False  # asked between parts of a prompt's layers
         self._open: dict[str, dict[int, Sequence]] = {}  # request -> its unfinished texts
         self._num_requests = 0
         self._seeds = torch.Generator().manual_seed(config.seed)
@@ -180,8 +180,8 @@ class Engine:
             self.model.copy_blocks(self.scheduler.copies)
             self.scheduler.copies = []
 
-    def _must_pause(self) -> bool:
-        time_is_up = self.scheduler.turns.prompt_is_over()
+    def _must_pause(self, kind: str) -> bool:
+        time_is_up = self.scheduler.turns.prompt_is_over(kind)
         return self.interrupted() or time_is_up
 
     def _close_ended(self, output: TokenOutput | FailedRequest) -> None:

@@ -29,7 +29,7 @@ class CausalLM(Protocol):
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
 
     def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
-        """`forward`, yielding after each layer: other batches may be computed in between."""
+        """`forward`, yielding after each part of a layer: other batches may be computed in between."""
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy cache blocks in all layers, each from the first to the second of a pair."""
@@ -55,11 +55,11 @@ class ModelRunner:
         self.model = model
 
     @torch.inference_mode()
-    def run(self, batch: Batch, must_pause: Callable[[], bool]) -> torch.Tensor | None:
+    def run(self, batch: Batch, must_pause: Callable[[str], bool]) -> torch.Tensor | None:
         """Logits float32 ``[n, vocab]`` for the ``n`` sequences of ``batch.samplers``.
 
-        A batch of prompts may pause after each layer: then the result is ``None``, and running the same batch
-        goes on from there. Log-probabilities of prompt positions go to their sequence's builder.
+        A batch of prompts may pause after each part of a layer: then the result is ``None``, and running the
+        same batch goes on from there. Log-probabilities of prompt positions go to their sequence's builder.
         """
         if batch.decodes:
             return _for_siblings(self.model.decode(*prepare(batch.items)), batch.items)
@@ -67,14 +67,14 @@ class ModelRunner:
         batch.steps = None  # what fails begins anew
         while True:
             try:
-                next(steps)
+                kind = next(steps)
             except StopIteration as done:
                 return _for_siblings(done.value, batch.items)
-            if must_pause():
+            if must_pause(kind):
                 batch.steps = steps
                 return None
 
-    def _prompt_steps(self, items: list[ScheduledSequence]) -> Generator[None, None, torch.Tensor]:
+    def _prompt_steps(self, items: list[ScheduledSequence]) -> LayerSteps:
         hidden_states = yield from self.model.forward_layers(*prepare(items))
         last_rows, start = [], 0
         for item in items:
@@ -89,7 +89,7 @@ class ModelRunner:
 
     def _collect_prompt_logprobs(
         self, item: ScheduledSequence, hidden_states: torch.Tensor
-    ) -> Generator[None, None, None]:
+    ) -> Generator[str, None, None]:
         builder = item.sequence.prompt_logprobs
         if builder is None:
             return
@@ -97,7 +97,7 @@ class ModelRunner:
         wanted = hidden_states[: builder.num_wanted(start, start + item.num_new_tokens)]
         for first in range(0, len(wanted), LOGITS_ROWS):
             builder.add(start + first, self.model.compute_logits(wanted[first : first + LOGITS_ROWS]))
-            yield
+            yield "logits"
 
 
 def _for_siblings(logits: torch.Tensor, items: list[ScheduledSequence]) -> torch.Tensor:

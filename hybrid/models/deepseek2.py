@@ -6,6 +6,8 @@ layouts follow llama.cpp's conversion; the architecture is that of arXiv:2405.04
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 
 from hybrid.config import KVFormat
@@ -33,12 +35,17 @@ class DecoderLayer:
     ) -> None:
         self.attn_norm, self.attention, self.ffn_norm, self.ffn = attn_norm, attention, ffn_norm, ffn
 
-    def __call__(
+    def parts(
         self, delta: torch.Tensor | None, residual: torch.Tensor, batch: AttentionBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Generator[str, None, tuple[torch.Tensor, torch.Tensor]]:
+        """Attention, then feed-forward; see `LayerSteps`. Returns the next layer's ``delta, residual``."""
         hidden_states, residual = self.attn_norm.add(delta, residual)
-        hidden_states, residual = self.ffn_norm.add(self.attention(hidden_states, batch), residual)
-        return self.ffn(hidden_states), residual
+        attended = self.attention(hidden_states, batch)
+        yield "attention"
+        hidden_states, residual = self.ffn_norm.add(attended, residual)
+        delta = self.ffn(hidden_states)
+        yield "experts" if isinstance(self.ffn, MoE) else "dense"
+        return delta, residual
 
 
 class DeepseekForCausalLM:
@@ -80,8 +87,7 @@ class DeepseekForCausalLM:
         residual = self.embedding(token_ids)
         delta: torch.Tensor | None = None
         for layer in self.layers:
-            delta, residual = layer(delta, residual, batch)
-            yield
+            delta, residual = yield from layer.parts(delta, residual, batch)
         if delta is not None:
             last = self.layers[-1].ffn_norm.backend
             last.add(last.receive(delta), residual)

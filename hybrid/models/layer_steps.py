@@ -1,4 +1,4 @@
-"""A forward pass that can pause between layers."""
+"""A forward pass that can pause within and between layers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Generator
 
 import torch
 
-# Yields after each layer; its return value are the hidden states. Whoever has one may compute other batches
-# in between, as long as they write no cache block of this one.
-LayerSteps = Generator[None, None, torch.Tensor]
+# Yields after each part of a layer what kind of part that was: those of a kind take about as long for as many
+# tokens. Its return value are the hidden states. Whoever has one may compute other batches in between, as
+# long as they write no cache block of this one.
+LayerSteps = Generator[str, None, torch.Tensor]
 
 
 def run_layers(steps: LayerSteps) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Model:
         return run_layers(self.forward_layers(token_ids, batch))
 
     def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
-        """`forward` with a pause after each layer."""
+        """`forward` with a pause after each part of a layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)

@@ -60,6 +60,7 @@ class CompletionAnswer(Answer):
             choice = self._choice(event, completion)
             text, logprobs = self._new(choice, event, completion)
             choice.text.append(text)
+            choice.token_ids += completion.token_ids
             choice.finish_reason = completion.finish_reason or choice.finish_reason
             for key, values in (logprobs or {}).items():
                 choice.logprobs.setdefault(key, []).extend(values)
@@ -77,6 +78,7 @@ class CompletionAnswer(Answer):
                     "text": "".join(choice.text),
                     "logprobs": choice.logprobs if wants_logprobs else None,
                     "finish_reason": choice.finish_reason,
+                    **self._ids(choice.token_ids),
                 }
                 for choice in self._choices
             ],
@@ -92,9 +94,12 @@ class CompletionAnswer(Answer):
         for completion in event.output.outputs:
             choice = self._choice(event, completion)
             text, logprobs = self._new(choice, event, completion)
-            if text or completion.finish_reason is not None or (logprobs and logprobs["tokens"]):
+            said = text or (logprobs and logprobs["tokens"]) or self._body.return_token_ids
+            if said or completion.finish_reason is not None:
                 extra = {"timings": self.record.timings()} if event.output.finished else {}
-                data += self._chunk(choice.index, text, logprobs, completion.finish_reason, extra)
+                new = {"index": choice.index, "text": text, "logprobs": logprobs}
+                new |= {"finish_reason": completion.finish_reason, **self._ids(completion.token_ids)}
+                data += sse.event(self._envelope([new], extra))
         return data
 
     def progress(self, event: Progress) -> bytes:
@@ -141,16 +146,8 @@ class CompletionAnswer(Answer):
         prompt = self._prompts[event.prompt_index]
         return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
 
-    def _chunk(
-        self,
-        index: int,
-        text: str,
-        logprobs: dict[str, Any] | None,
-        finish_reason: str | None,
-        extra: dict[str, Any],
-    ) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return sse.event(self._envelope([choice], extra))
+    def _ids(self, token_ids: list[int]) -> dict[str, list[int]]:
+        return {"token_ids": token_ids} if self._body.return_token_ids else {}
 
     def _envelope(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self._body.include_usage else {}
@@ -172,6 +169,7 @@ class TextChoice:
         self.index, self.entries = index, entries
         self.begun = False
         self.text: list[str] = []
+        self.token_ids: list[int] = []
         self.logprobs: dict[str, list[Any]] = {}
         self.finish_reason: str | None = None
 

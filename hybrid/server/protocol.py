@@ -89,6 +89,9 @@ class CompletionBody(GenerationBody):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+    return_token_ids: bool = Field(
+        default=False, description="choices have token_ids; streams send every token, text or not"
+    )
     echo: bool = False
     suffix: str | None = None
     best_of: int | None = None

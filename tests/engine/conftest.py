@@ -60,7 +60,7 @@ class MockModel:
             raise KeyboardInterrupt
         self.cache[batch.slot_mapping.long()] = token_ids.long()
         for _ in range(num_layers):
-            yield
+            yield "layer"
             time.sleep(self.layer_seconds)
             self.trace.append("layer")
         starts = batch.query_start.tolist()

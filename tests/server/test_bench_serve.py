@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 
 import pytest
 
-from hybrid import bench_serve
-from hybrid.bench_serve import Lengths, LoadOptions, measure, percentiles
+from hybrid.bench_serve.client import check_loopback
+from hybrid.bench_serve.load import measure, percentiles
+from hybrid.bench_serve.memory import ProcessSample, slope
+from hybrid.bench_serve.options import Lengths, LoadOptions
 from hybrid.cli.main import main
 from hybrid.errors import ConfigError
 
@@ -48,7 +51,7 @@ def mock(serve, monkeypatch):
 
     def start(**script):
         server = serve(**script)
-        server.context.card.meta["n_vocab"] = 4096
+        server.context.card.meta.update(n_vocab=4096, n_ctx=8000)
         return server
 
     return start
@@ -115,5 +118,58 @@ def test_the_command(mock, capsys):
 
 
 def test_loopback_names():
-    bench_serve.check_loopback("http://localhost:8000")
-    bench_serve.check_loopback("http://[::1]:8000/base")
+    check_loopback("http://localhost:8000")
+    check_loopback("http://[::1]:8000/base")
+
+
+def test_a_duration_instead_of_a_number(mock):
+    server = mock(pieces=["a"] * 5, step_s=0.02)
+    result = run(server, num_clients=2, duration_s=0.5)
+    summary = result.summary()
+    assert 0.4 < result.duration_s < 2
+    assert 4 <= summary["answered"] == summary["requests"]
+
+
+def lines(noise, per_second):
+    generator = random.Random(1)
+    return [
+        ProcessSample(10.0 * i, round(1e8 + 10.0 * i * per_second + generator.gauss(0, noise)), 5, 5)
+        for i in range(180)
+    ]
+
+
+def test_a_slope_is_found_with_its_error():
+    grows = slope(lines(20_000, 1000.0))
+    assert abs(grows.bytes_per_second - 1000) < 3 * grows.standard_error < 100
+    still = slope(lines(20_000, 0.0))
+    assert abs(still.bytes_per_second) < 3 * still.standard_error
+    assert slope([]) is None
+    steps = [ProcessSample(10.0 * i, 10**8 + (i // 30 % 2) * 10**6, 5, 5) for i in range(180)]
+    found = slope(steps)
+    alone = slope(lines(500_000, 0.0))  # as large, each sample for itself
+    assert abs(found.bytes_per_second) < 2 * found.standard_error
+    assert found.standard_error > 3 * alone.standard_error
+
+
+def test_watching_a_process(mock, capsys):
+    server = mock(pieces=["a"] * 5, step_s=0.02)
+    arguments = ["bench-serve", "--url", server.url, "--duration", "0.6", "--clients", "2", "-n", "3"]
+    assert main([*arguments, "--watch", str(os.getpid()), "--watch-interval", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "KiB a minute (standard error)" in printed
+    assert main([*arguments, "--watch", "4194304"]) == 2
+    assert "--watch: process 4194304" in capsys.readouterr().err
+
+
+def test_a_long_prompt_beside_streams(mock, capsys):
+    server = mock(pieces=["a"] * 4000, step_s=0.01, prefill_s=0.2, max_model_len=8000)
+    arguments = ["bench-serve", "--url", server.url, "--clients", "3", "-p", "5", "--long-prompt", "50"]
+    assert main([*arguments, "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["streams"], found["long_prompt"]) == (3, 50)
+    assert 8 < found["usual_gap_ms"] <= found["usual_largest_gap_ms"]
+    assert found["gaps"] >= 3
+    assert found["largest_gaps_ms"][0] >= found["gap_ms"]["p99"] >= found["gap_ms"]["p50"]
+    assert 0.3 < found["prefill_share"] < 3  # the mock computes prompts beside streams
+    assert main(arguments) == 0
+    assert "x the median alone" in capsys.readouterr().out
