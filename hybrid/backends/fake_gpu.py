@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,7 +58,7 @@ class FakeGpuBackend(Backend):
         return self._operations.allocate_latent_cache(num_blocks, latent_dim, rope_dim, fmt)
 
     def copy_cache_blocks(self, cache: FloatCache, pairs: list[tuple[int, int]]) -> None:
-        self._queue("copy_cache_blocks", None, cache, pairs)
+        self._act("copy_cache_blocks", cache, pairs)
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, DeviceTensor):
@@ -81,7 +82,7 @@ class FakeGpuBackend(Backend):
         return self._queue("rms_norm", x.shape, x, weight, eps, residual)
 
     def add(self, x: torch.Tensor, sums: torch.Tensor) -> None:
-        self._queue("add", None, x, sums)
+        self._act("add", x, sums)
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         return self._queue("linear", (len(x), weight.values.shape[1]), x, weight)
@@ -96,7 +97,7 @@ class FakeGpuBackend(Backend):
         cache: Any,
         batch: AttentionBatch,
     ) -> None:
-        self._queue("mla_append", None, q, kv, kv_norm, eps, rope, cache, batch)
+        self._act("mla_append", q, kv, kv_norm, eps, rope, cache, batch)
 
     def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
         latent = k_b.values.shape[2 if transposed else 1]
@@ -116,7 +117,7 @@ class FakeGpuBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = len(x), config.num_experts_per_tok
         ids, weights = self.runtime.empty(shape, INT), self.runtime.empty(shape, FLOAT)
-        places = [ids.values, weights.values]
+        places = [ids.numbers, weights.numbers]
         arguments = plain(x), router, plain(bias), config
 
         def work() -> None:
@@ -140,21 +141,22 @@ class FakeGpuBackend(Backend):
     def mlp(self, x: torch.Tensor, gate: Any, up: Any, down: Any) -> torch.Tensor:
         return self._queue("mlp", (len(x), down.values.shape[1]), x, gate, up, down)
 
-    def _queue(self, name: str, shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """Queues an operation whose result, float32, has this shape; ``None``: it has none."""
-        operation = getattr(self._operations, name)
-        args = tuple(map(_plain, args))
-        if shape is None:
-            self.runtime.launch(name, lambda: operation(*args, **kwargs))
-            return None
+    def _queue(self, name: str, shape: Sequence[int], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Queues an operation whose result, float32, has this shape."""
         out = self.runtime.empty(shape, FLOAT)
-        values = out.values
+        self._act(name, *args, into=out.numbers, **kwargs)
+        return out
+
+    def _act(self, name: str, *args: Any, into: torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Queues an operation; its result, if it has one, goes to ``into``."""
+        operation, args = getattr(self._operations, name), tuple(map(_plain, args))
 
         def work() -> None:
-            values.copy_(operation(*args, **kwargs))
+            result = operation(*args, **kwargs)
+            if into is not None:
+                into.copy_(result)
 
         self.runtime.launch(name, work)
-        return out
 
 
 def _plain(x: Any) -> Any:

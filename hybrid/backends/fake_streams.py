@@ -28,6 +28,16 @@ _FREE = "free"  # nobody has to wait for it
 _GIVE_UP_S = 120.0  # a thread that waits longer has been forgotten
 
 
+class _ThreadState(threading.local):
+    """What a thread captures, of any device."""
+
+    capture: FakeCapture | None = None
+
+
+_thread = _ThreadState()
+_pinned: dict[int, torch.Tensor] = {}  # by address; memory is pinned for all devices
+
+
 @dataclass
 class FakeOptions:
     """How test devices behave; shared by the devices of a model.
@@ -38,7 +48,6 @@ class FakeOptions:
         serial_calls: host callbacks of all streams take turns.
         drop: waits and calls of these sites are left out; the number says which occurrence, ``None``: all.
         sites: how often each site was met.
-        capture: the one that is under way.
     """
 
     seed: int = 0
@@ -46,7 +55,6 @@ class FakeOptions:
     serial_calls: bool = False
     drop: tuple[str, int | None] | None = None
     sites: Counter[str] = field(default_factory=Counter)
-    capture: FakeCapture | None = None
     calls: threading.Lock = field(default_factory=threading.Lock)
 
     def dropped(self, site: str) -> bool:
@@ -106,7 +114,7 @@ class FakeStream(Stream):
     @property
     def _capture(self) -> FakeCapture | None:
         """The capture this stream takes part in."""
-        capture = self.runtime.options.capture
+        capture = _thread.capture
         return capture if capture is not None and self in capture.clocks else None
 
     def record(self) -> FakeEvent:
@@ -118,8 +126,6 @@ class FakeStream(Stream):
     def wait(self, event: Event, site: str) -> None:
         assert isinstance(event, FakeEvent)
         if self.runtime.options.dropped(site):
-            if event.capture is not None:  # the stream takes part all the same
-                event.capture.join(self, event)
             return
         if event.capture is not None:
             event.capture.join(self, event)
@@ -185,7 +191,7 @@ class FakeCapture(Graph):
 
     def add(self, stream: FakeStream, work: _Work) -> None:
         clock = self.clocks[stream]
-        if work.name != _FREE:
+        if work.run is not None and work.name != _FREE:
             clock[stream] = clock.get(stream, 0) + 1
         self.work.append((stream, work))
 
@@ -234,7 +240,7 @@ class FakeRuntime(Runtime):
         self.name, self.options = name, options or FakeOptions()
         self.failure: tuple[str, BaseException] | None = None
         self.num_tensors = 0
-        self._pinned: dict[int, int] = {}  # address -> bytes
+        self._pinned: list[int] = []  # addresses
         self._streams: list[FakeStream] = []
         self._current = threading.local()
         self._names = itertools.count()
@@ -264,13 +270,14 @@ class FakeRuntime(Runtime):
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(tuple(shape), dtype=dtype)
         fill_with_nonsense(out)
-        self._pinned[out.data_ptr()] = out.nbytes
+        _pinned[out.data_ptr()] = out
+        self._pinned.append(out.data_ptr())
         return out
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether it lies within memory of `pinned`."""
-        first, n_bytes = tensor.data_ptr(), tensor.nbytes
-        return any(start <= first and first + n_bytes <= start + n for start, n in self._pinned.items())
+        """Whether it lies within memory of `pinned`, of any device."""
+        first = tensor.data_ptr()
+        return any(start <= first < start + memory.nbytes for start, memory in list(_pinned.items()))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DeviceTensor:
         return self.allocate(torch.empty(tuple(shape), dtype=dtype))
@@ -286,7 +293,7 @@ class FakeRuntime(Runtime):
         def freed() -> None:
             with self._lock:
                 self.num_tensors -= 1
-            if capture is None or capture is self.options.capture:
+            if capture is None or capture is _thread.capture:
                 stream.push(_Work(_FREE, run=lambda: fill_with_nonsense(values)))
 
         return DeviceTensor(values, self, Memory(freed))
@@ -294,12 +301,13 @@ class FakeRuntime(Runtime):
     def launch(self, name: str, work: Callable[[], None]) -> None:
         self.current.push(_Work(name, run=work))
 
+    def check_may_wait(self, what: str) -> None:
+        if self.current._capture is not None:
+            raise DeviceError(f"{what}: the host cannot wait for {self.name} within a capture")
+
     def wait_to_read(self, what: str) -> None:
-        stream = self.current
-        if stream._capture is not None:
-            raise DeviceError(f"{what}: a tensor of {self.name} cannot be read within a capture")
-        event = stream.record()
-        event.signal.wait()
+        self.check_may_wait(what)
+        self.current.record().signal.wait()
         self.check()
 
     def discard(self, tensor: torch.Tensor) -> None:
@@ -309,14 +317,14 @@ class FakeRuntime(Runtime):
     @contextmanager
     def capture(self, stream: Stream) -> Iterator[FakeCapture]:
         assert isinstance(stream, FakeStream)
-        if self.options.capture is not None:
+        if _thread.capture is not None:
             raise DeviceError("capture: another one is under way")
-        capture = self.options.capture = FakeCapture(stream)
+        capture = _thread.capture = FakeCapture(stream)
         try:
             with self.on(stream):
                 yield capture
         finally:
-            self.options.capture = None
+            _thread.capture = None
         capture.finish()
 
     def fail(self, stream: FakeStream, name: str, error: BaseException) -> None:
@@ -338,4 +346,5 @@ class FakeRuntime(Runtime):
     def close(self) -> None:
         while self._streams:
             self._streams.pop().stop()
-        self._pinned.clear()
+        while self._pinned:
+            _pinned.pop(self._pinned.pop(), None)

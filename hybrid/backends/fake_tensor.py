@@ -32,6 +32,9 @@ class Queue(Protocol):
     def allocate(self, values: torch.Tensor) -> DeviceTensor:
         """A tensor of the device whose numbers lie in ``values``, new memory, and are nonsense so far."""
 
+    def check_may_wait(self, what: str) -> None:
+        """Raises `DeviceError` within a capture."""
+
     def wait_to_read(self, what: str) -> None:
         """Until the current stream has done its work."""
 
@@ -49,15 +52,15 @@ class Memory:
 
 
 class DeviceTensor(torch.Tensor):
-    """A view of ``memory`` with the shape of ``values``, the plain tensor that streams work on."""
+    """A view of ``memory`` with the shape of ``numbers``, the plain tensor that streams work on."""
 
-    values: torch.Tensor
+    numbers: torch.Tensor
     queue: Queue
     memory: Memory
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, queue: Queue, memory: Memory) -> DeviceTensor:
-        found: DeviceTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        found: DeviceTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
@@ -68,30 +71,29 @@ class DeviceTensor(torch.Tensor):
         return found
 
     def __init__(self, values: torch.Tensor, queue: Queue, memory: Memory) -> None:
-        self.values, self.queue, self.memory = values, queue, memory
+        self.numbers, self.queue, self.memory = values, queue, memory
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeviceTensor({list(self.shape)}, {self.dtype}, {self.queue.name})"
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name == "copy_":
             return copy(args[0], args[1], non_blocking=bool((*args, False)[2]))
         if name in _READS or (name in _CONVERSIONS and _to_host(args, kwargs)):
             args[0].queue.wait_to_read(name)
-            return func(*tree_map(plain, args), **tree_map(plain, kwargs)).clone()
+            found = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+            return found.clone() if isinstance(found, torch.Tensor) else found
         return _queued(func, name, args, kwargs)
 
 
 def plain(x: Any) -> Any:
     """The numbers of a device's tensor; anything else as it is."""
-    return x.values if isinstance(x, DeviceTensor) else x
+    return x.numbers if isinstance(x, DeviceTensor) else x
 
 
 def fill_with_nonsense(values: torch.Tensor) -> None:
@@ -104,21 +106,21 @@ def fill_with_nonsense(values: torch.Tensor) -> None:
 
 def copy(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool) -> torch.Tensor:
     """``copy_`` between a device and the host, or within devices; on the target's stream if it has one."""
-    queue: Queue = target.queue if isinstance(target, DeviceTensor) else source.queue  # type: ignore[attr-defined]
-    host = [x for x in (target, source) if not isinstance(x, DeviceTensor)]
-    waits = not (non_blocking and all(map(queue.is_pinned, host)))
-    if waits and target is not host[0]:
+    queue: Queue = target.queue if isinstance(target, DeviceTensor) else source.queue
+    host = next((x for x in (target, source) if not isinstance(x, DeviceTensor)), None)
+    if host is not None and target.dtype is not source.dtype:
+        raise RuntimeError(f"copy_: expected equal types, found {target.dtype} and {source.dtype}")
+    waits = host is not None and not (non_blocking and queue.is_pinned(host))
+    kind = "copy" if host is None else "download" if target is host else "upload"
+    if waits:
+        queue.check_may_wait(kind)
+    if waits and source is host:
         source = source.clone()  # pageable memory is read before the call returns
     to, of = plain(target), plain(source)
-    kind = "copy" if not host else "download" if target is host[0] else "upload"
-    queue.launch(kind, lambda: _copy(to, of))
-    if waits and target is host[0]:
+    queue.launch(kind, lambda: _discard(to.copy_(of)))
+    if waits and target is host:
         queue.wait_to_read(kind)
     return target
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)
 
 
 def _to_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -167,7 +169,7 @@ def _queued(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         if owner is not None:
             return _view(owner, shape)
         out = queue.allocate(torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype))
-        new.append(out.values)
+        new.append(out.numbers)
         return out
 
     results = tree_map(result, shapes)
@@ -182,7 +184,7 @@ def _snapshot(x: Any) -> Any:
 
 def _view(owner: DeviceTensor, shape: torch.Tensor) -> DeviceTensor:
     """What the operation made of its argument's stand-in, which begins at the argument's first number."""
-    values = owner.values if shape.dtype is owner.dtype else owner.values.view(shape.dtype)
+    values = owner.numbers if shape.dtype is owner.dtype else owner.numbers.view(shape.dtype)
     offset = values.storage_offset() + shape.storage_offset()
     return DeviceTensor(values.as_strided(shape.shape, shape.stride(), offset), owner.queue, owner.memory)
 

@@ -30,7 +30,7 @@ class AttentionBatch:
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
-    _copies: dict[str, AttentionBatch] = field(default_factory=dict, compare=False, repr=False)
+    _copies: dict[str, AttentionBatch] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Kernels take addresses: another type or a gap between numbers would be read as garbage.

@@ -10,7 +10,7 @@ Python every time: the same work, and the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -68,11 +68,19 @@ class HybridDecoder:
         return step.run(token_ids, batch)
 
     def close(self) -> None:
-        """Ends the thread of the experts; all work is done by then."""
-        self._steps.clear()
+        """Waits for what is queued, and ends the thread of the experts before their buffers go."""
+        self.wait()
         for moe in self.network.moes.values():
             moe.experts.keep()
-        self.handoff = None
+        if self.handoff is not None:
+            self.handoff.close()
+        self._steps.clear()
+
+    def wait(self) -> None:
+        """Until nothing is queued, whatever has failed."""
+        for runtime in self.runtimes:
+            with suppress(DeviceError):
+                runtime.synchronize()
 
 
 class HybridStep:
@@ -164,13 +172,9 @@ class HybridStep:
 
     def _drain(self) -> None:
         """Brings what is queued to its end after an exception, so that the next step finds all as it was."""
-        try:
-            for lane in self._lanes:
-                lane.abandon()
-            for runtime in self._decoder.runtimes:
-                runtime.synchronize()
-        except DeviceError:
-            pass  # the one under way says more
+        for lane in self._lanes:
+            lane.abandon()
+        self._decoder.wait()
 
 
 class _Lane:

@@ -60,6 +60,12 @@ class Handoff:
         self.stacks.append(stack)
         return stack
 
+    def close(self) -> None:
+        """Ends the thread, after the layer at hand; no stream may call any more."""
+        self.lane = None
+        self.stacks.clear()
+        del self.native
+
     def check(self) -> None:
         """Raises `DeviceError`, with the layer, if one has failed or took too long."""
         try:
