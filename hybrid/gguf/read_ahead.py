@@ -74,7 +74,7 @@ class ReadAhead:
         ]
         for entry in requests:
             if entry.file.fd not in self._direct:
-                self._direct[entry.file.fd] = _open_direct(entry.file.fd)
+                self._direct[entry.file.fd] = open_direct(entry.file.fd)
         for thread in self._threads:
             thread.start()
 
@@ -187,7 +187,7 @@ def _read_until(fd: int, view: memoryview, offset: int, wanted: int) -> int:
     return done
 
 
-def _open_direct(fd: int) -> int | None:
+def open_direct(fd: int) -> int | None:
     """The same file, read past the page cache; ``None`` where the file system cannot."""
     probe = mmap.mmap(-1, _PAGE)
     try:
