@@ -227,7 +227,9 @@ VARIABLES: dict[str, EnvVar] = {
     ),
     "HYBRID_REPETITIONS": EnvVar(integer(1), _COUNT, "runs of each test, after a warm-up"),
     "HYBRID_BACKED": EnvVar(
-        boolean, _SWITCH, "take memory and give it back before each step: a virtual machine's host backs it then"
+        boolean,
+        _SWITCH,
+        "take memory and give it back before each step: a virtual machine's host backs it then",
     ),
     "HYBRID_UBATCH_SIZE": EnvVar(integer(1), _COUNT, "prompt tokens the model is given at once"),
     "HYBRID_PARALLEL": EnvVar(integer(1), _COUNT, "requests computed at once, each with a full context"),

@@ -56,8 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_table(rows: list[LoadRow]) -> None:
     base = {row.what: row for row in rows}
-    print("| what                    |       size | seconds, median (least to most) |  GB/s |  of read | system s | user s | stolen s | peak over end | pages |")
-    print("| ----------------------- | ---------: | ------------------------------: | ----: | -------: | -------: | -----: | -------: | ------------: | ----- |")
+    print(
+        "| what                    |       size | seconds, median (least to most) |  GB/s |  of read | system s | user s | stolen s | peak over end | pages |"
+    )
+    print(
+        "| ----------------------- | ---------: | ------------------------------: | ----: | -------: | -------: | -----: | -------: | ------------: | ----- |"
+    )
     for row in rows:
         share = f"{row.rate / base[row.of].rate:.0%}" if row.of else ""
         seconds = f"{row.median_s:.2f} ({min(row.seconds):.2f} to {max(row.seconds):.2f})"

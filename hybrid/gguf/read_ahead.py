@@ -62,6 +62,8 @@ class ReadAhead:
         size = max((entry.n_bytes for entry in requests), default=1)
         self._size = -(-size // _PAGE) * _PAGE + _PAGE
         self._memory = mmap.mmap(-1, count * self._size)
+        with contextlib.suppress(OSError):  # fewer pages to be looked up for each read
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._free = list(range(count))
         self._ready: dict[int, tuple[int, int] | BaseException] = {}  # range -> buffer, start in it
         self._next_read = self._next_given = 0
