@@ -229,6 +229,11 @@ VARIABLES: dict[str, EnvVar] = {
         integers(0), "integers >= 0, as in 0,4096", "tokens in the context before a test"
     ),
     "HYBRID_REPETITIONS": EnvVar(integer(1), _COUNT, "runs of each test, after a warm-up"),
+    "HYBRID_BACKED": EnvVar(
+        boolean,
+        _SWITCH,
+        "take memory and give it back before each step: a virtual machine's host backs it then",
+    ),
     "HYBRID_UBATCH_SIZE": EnvVar(integer(1), _COUNT, "prompt tokens the model is given at once"),
     "HYBRID_PARALLEL": EnvVar(integer(1), _COUNT, "requests computed at once, each with a full context"),
     "HYBRID_FIT": EnvVar(boolean, _SWITCH, "shorten the context, then the steps, until the model fits"),

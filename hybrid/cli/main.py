@@ -30,6 +30,7 @@ COMMANDS = {
     "perplexity": "hybrid.cli.perplexity",
     "bench-kernels": "hybrid.cli.bench_kernels",
     "bench-serve": "hybrid.cli.bench_serve",
+    "bench-load": "hybrid.cli.bench_load",
     "synth": "hybrid.cli.synth",
     "pack": "hybrid.cli.pack",
     "pull": "hybrid.cli.pull",

@@ -62,6 +62,8 @@ class ReadAhead:
         size = max((entry.n_bytes for entry in requests), default=1)
         self._size = -(-size // _PAGE) * _PAGE + _PAGE
         self._memory = mmap.mmap(-1, count * self._size)
+        with contextlib.suppress(OSError):  # fewer pages to be looked up for each read
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._free = list(range(count))
         self._ready: dict[int, tuple[int, int] | BaseException] = {}  # range -> buffer, start in it
         self._next_read = self._next_given = 0
@@ -74,7 +76,7 @@ class ReadAhead:
         ]
         for entry in requests:
             if entry.file.fd not in self._direct:
-                self._direct[entry.file.fd] = _open_direct(entry.file.fd)
+                self._direct[entry.file.fd] = open_direct(entry.file.fd)
         for thread in self._threads:
             thread.start()
 
@@ -187,7 +189,7 @@ def _read_until(fd: int, view: memoryview, offset: int, wanted: int) -> int:
     return done
 
 
-def _open_direct(fd: int) -> int | None:
+def open_direct(fd: int) -> int | None:
     """The same file, read past the page cache; ``None`` where the file system cannot."""
     probe = mmap.mmap(-1, _PAGE)
     try:

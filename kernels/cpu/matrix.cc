@@ -130,9 +130,39 @@ void PackedMatrix::check_range(const char* operation, int64_t batch_index, int64
   }
 }
 
+// Gets the memory of ranges that are packed in ascending order, each huge page by one worker of the part.
+void PackedMatrix::touch(ThreadPool& pool, const std::vector<RowRange>& ranges) {
+  UnitRanges pages;
+  int64_t first[ThreadPool::kMostGroups];
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    Part& part = parts_[i];
+    int64_t end = part.touched;
+    for (const RowRange& range : ranges) {
+      const int64_t last = std::min((range.row_start + range.num_rows + kGroupRows - 1) / kGroupRows, part.group_end) - 1;
+      if (range.batch_index < part.batch_start || range.batch_index >= part.batch_end || last < part.group_start) continue;
+      const int64_t offset = part.group(range.batch_index, last) + part.group_bytes - part.memory.data();
+      end = std::max(end, part.memory.huge_page_of(offset - 1) + 1);
+    }
+    first[i] = part.touched;
+    pages.add(end - part.touched);
+    part.touched = end;
+  }
+  auto get = [&](int64_t i, int) {
+    int64_t place;
+    const size_t part = static_cast<size_t>(pages.find(i, place));
+    parts_[part].memory.touch(first[part] + place);
+  };
+  if (parts_.size() == 1) {
+    pool.parallel_for(pages.total(), get);
+  } else {
+    pool.parallel_for_divided(pages, get);
+  }
+}
+
 void PackedMatrix::pack_rows(ThreadPool& pool, const std::vector<RowRange>& ranges, const uint8_t* src,
                              bool packed) {
   for (const RowRange& range : ranges) check_range("pack_rows", range.batch_index, range.row_start, range.num_rows);
+  touch(pool, ranges);
   // 16 rows of a range that a part takes: the part's units, by the part.
   struct Unit {
     const RowRange* range;

@@ -41,6 +41,7 @@ class PackedMatrix {
     int64_t batch_start, batch_end, group_start, group_end, col_start, col_end;
     int64_t group_bytes;
     NodeMemory memory;
+    int64_t touched = 0;  // huge pages whose memory is there
 
     int64_t cols() const { return col_end - col_start; }
     int64_t num_groups() const { return group_end - group_start; }
@@ -96,6 +97,7 @@ class PackedMatrix {
   void check_range(const char* operation, int64_t batch_index, int64_t row_start, int64_t num_rows) const;
   void check_layout(const MatrixLayout& layout) const;
   void check_shape();
+  void touch(ThreadPool& pool, const std::vector<RowRange>& ranges);
   void add_part(const MatrixLayout& layout, size_t index);
   const uint8_t* divided_group(int64_t batch_index, int64_t index, int reader) const;
 

@@ -17,6 +17,9 @@ namespace hybrid {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+#ifndef MADV_POPULATE_WRITE
+constexpr int MADV_POPULATE_WRITE = 23;
+#endif
 
 std::string reason(const char* call, int error) {
   std::string text = std::string(call) + ": " + strerror(error);
@@ -83,6 +86,19 @@ NodeMemory NodeMemory::borrow(uint8_t* data, size_t bytes) {
   memory.bytes_ = bytes;
   memory.borrowed_ = true;
   return memory;
+}
+
+int64_t NodeMemory::huge_page_of(int64_t offset) const {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data_);
+  return static_cast<int64_t>((start + static_cast<size_t>(offset)) / kHugePage - start / kHugePage);
+}
+
+void NodeMemory::touch(int64_t huge_page) const {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data_);
+  const uintptr_t page = (start / kHugePage + static_cast<size_t>(huge_page)) * kHugePage;
+  const uintptr_t first = std::max(page, start), end = std::min(page + kHugePage, start + bytes_);
+  // Kernels before 5.14 do not know it: there pages come as they are written.
+  if (!borrowed_ && first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_WRITE);
 }
 
 NodeMemory::~NodeMemory() {

@@ -30,6 +30,12 @@ class NodeMemory {
   NodeMemory(const NodeMemory&) = delete;
   NodeMemory& operator=(const NodeMemory&) = delete;
 
+  // Has the system give the pages of a huge page's range, numbered from the mapping's start, to the calling thread.
+  // Several threads that write to one huge page first would each clear it.
+  void touch(int64_t huge_page) const;
+  // The number of the huge page that a byte is in.
+  int64_t huge_page_of(int64_t offset) const;
+
   uint8_t* data() const { return data_; }
   size_t mapped_bytes() const { return bytes_; }
   const std::string& problem() const { return problem_; }

@@ -10,19 +10,25 @@
 namespace hybrid {
 namespace {
 
-// file bit 4m + c <-> packed bit 8c + m
+// Exchanges bits that are `distance` apart, the lower ones those of `mask`.
+uint32_t exchange(uint32_t word, int distance, uint32_t mask) {
+  const uint32_t changed = (word ^ (word >> distance)) & mask;
+  return word ^ changed ^ (changed << distance);
+}
+
+// file bit 4m + c <-> packed bit 8c + m: the place's five binary digits rotated by two, by exchanges of two digits.
 uint32_t spread_bits(uint32_t word) {
-  uint32_t out = 0;
-  // The factor puts bit c of a nibble at 8c.
-  for (int m = 0; m < 8; ++m) out |= (((word >> (4 * m)) & 15u) * 0x00204081u & 0x01010101u) << m;
-  return out;
+  word = exchange(word, 3, 0x0a0a0a0au);
+  word = exchange(word, 6, 0x00cc00ccu);
+  word = exchange(word, 12, 0x0000f0f0u);
+  return exchange(word, 8, 0x0000ff00u);
 }
 
 uint32_t gather_bits(uint32_t word) {
-  uint32_t out = 0;
-  // The factor puts bit 8c at 24 + c.
-  for (int m = 0; m < 8; ++m) out |= (((word >> m & 0x01010101u) * 0x01020408u) >> 24 & 15u) << (4 * m);
-  return out;
+  word = exchange(word, 8, 0x0000ff00u);
+  word = exchange(word, 12, 0x0000f0f0u);
+  word = exchange(word, 6, 0x00cc00ccu);
+  return exchange(word, 3, 0x0a0a0a0au);
 }
 
 template <int kUnit>
@@ -74,6 +80,22 @@ void scatter_words(const uint8_t* field, int64_t stride, int count, uint8_t* pla
   }
 }
 
+// A field of 16 rows, `stride` bytes apart.
+void pack_rows_of_field(const Field& f, const uint8_t* field, int64_t stride, uint8_t* plane) {
+  if (f.spread_bits) {
+    uint32_t words[kGroupRows];
+    for (int row = 0; row < kGroupRows; ++row) std::memcpy(&words[row], field + row * stride, 4);
+    for (uint32_t& word : words) word = spread_bits(word);
+    std::memcpy(plane, words, sizeof words);
+  } else if (f.unit == 4) {
+    scatter_words(field, stride, f.count, plane);
+  } else if (f.unit == 2) {
+    for (int row = 0; row < kGroupRows; ++row) scatter_units<2>(field + row * stride, f.count, row, plane);
+  } else {
+    for (int row = 0; row < kGroupRows; ++row) scatter_units<1>(field + row * stride, f.count, row, plane);
+  }
+}
+
 void unpack_field(const Field& f, const uint8_t* plane, int row, uint8_t* block) {
   uint8_t* field = block + f.offset;
   if (f.spread_bits) {
@@ -106,12 +128,8 @@ void pack_group(const FormatInfo& format, const uint8_t* src, int64_t row_stride
       recode_block(format, src + row * row_stride + b * format.block_bytes, row, plane);
     for (int i = 0; i < format.num_fields; ++i) {
       const Field& f = format.fields[i];
-      if (f.unit == 4 && !f.spread_bits && num_rows == kGroupRows) {
-        scatter_words(src + b * format.block_bytes + f.offset, row_stride, f.count, plane);
-        plane += kGroupRows * f.unit * f.count;
-        continue;
-      }
-      for (int row = 0; row < num_rows; ++row)
+      if (num_rows == kGroupRows) pack_rows_of_field(f, src + b * format.block_bytes + f.offset, row_stride, plane);
+      for (int row = 0; row < num_rows && num_rows < kGroupRows; ++row)
         pack_field(f, src + row * row_stride + b * format.block_bytes, row, plane);
       plane += kGroupRows * f.unit * f.count;
     }

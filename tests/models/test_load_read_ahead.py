@@ -51,7 +51,7 @@ def readers():
 @pytest.mark.parametrize("direct", [True, False])
 def test_ranges_come_in_order(path, direct, monkeypatch):
     if not direct:
-        monkeypatch.setattr(read_ahead, "_open_direct", lambda fd: None)
+        monkeypatch.setattr(read_ahead, "open_direct", lambda fd: None)
     with GGUFFile.open(path) as file, ReadAhead(requests(file)) as reader:
         assert direct or not reader.bypasses_cache  # else the file system decides
         for entry in ranges(file):
@@ -75,7 +75,7 @@ def test_it_may_be_left_at_any_moment(path):
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_cut_short_is_told(path, tmp_path, direct, monkeypatch):
     if not direct:
-        monkeypatch.setattr(read_ahead, "_open_direct", lambda fd: None)
+        monkeypatch.setattr(read_ahead, "open_direct", lambda fd: None)
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(path.read_bytes())
     with GGUFFile.open(copy) as file:
