@@ -195,7 +195,7 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",
-        "CPU kernels: scalar, avx2, avxvnni, avx512vnni or avx512vbmi (default: the best)",
+        "CPU kernels: scalar, avx2, avxvnni, avx512vnni, avx512vbmi or amx (default: the best)",
     ),
     "HYBRID_DEVICE": EnvVar(str, "a device", "device whose kernels are measured"),
     # Generation.

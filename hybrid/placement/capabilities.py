@@ -11,7 +11,7 @@ from math import prod
 
 from hybrid.gguf import DEQUANTIZABLE, QUANTIZABLE, TRAITS, GGMLType
 
-ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx")
 GROUP_ROWS = 16  # rows that are packed together; the last group of a matrix is padded
 
 # Every ISA has a kernel for each of these. Float weights multiply float32 activations, the others int8.

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 RAM_EFFICIENCY = 0.85
 REMOTE_EFFICIENCY = 0.5
 # Multiply-adds per second and thread of prompt products, measured on the same with 128 tokens at once;
-# avxvnni has not run, and counts as avx2.
+# avxvnni and amx have not run, and count as avx2 and avx512vbmi.
 INT8_MACS_PER_THREAD = {
     "scalar": 0.5e9,
     "avx2": 45e9,
     "avxvnni": 45e9,
     "avx512vnni": 110e9,
     "avx512vbmi": 110e9,
+    "amx": 110e9,
 }
 CALL_S = 8e-6  # of an operation besides its arithmetic
 CALLS_PER_LAYER = 14

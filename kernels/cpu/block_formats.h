@@ -88,4 +88,13 @@ constexpr const FormatInfo* find_format(int ggml_type) {
   return nullptr;
 }
 
+constexpr const FormatInfo* find_format_named(const char* name) {
+  for (const FormatInfo& f : kFormats) {
+    int i = 0;
+    while (f.name[i] != 0 && f.name[i] == name[i]) ++i;
+    if (f.name[i] == name[i]) return &f;
+  }
+  return nullptr;
+}
+
 }  // namespace hybrid

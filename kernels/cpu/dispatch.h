@@ -15,7 +15,7 @@ struct KernelRow {
   ActFormat activation;
   Isa isa;
   int tile;          // tokens taken at once
-  const char* name;  // e.g. dot_Q4_K_q8_16x8_avx512vnni
+  const char* name;  // e.g. dot_Q4_K_q8_16x8_avx512vnni, gemm_Q4_K_q8_16x16_amx
   GroupKernel dot;
   GroupGemm gemm;  // null for float formats
   GroupExpand expand;
@@ -23,7 +23,8 @@ struct KernelRow {
 
 using QuantizeRow = void (*)(const float* x, int64_t cols, int8_t* codes, float* scales, int16_t* sums);
 
-// What one ISA's translation unit provides. Rows of formats it leaves to another ISA have no `dot`.
+// What one ISA's translation unit provides. Rows of formats it leaves to another ISA have no `dot`; those of amx have
+// `gemm` alone, and it has no quantize_row, until dispatch.cc adds what avx512vbmi has.
 struct IsaKernels {
   const KernelRow* rows;
   int num_rows;
@@ -34,15 +35,15 @@ struct IsaKernels {
 };
 inline constexpr int64_t kMacsPerWord = 6 * 8 * 4;  // of a lane in a round
 
-extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvxVnni, kKernelsAvx512Vnni, kKernelsAvx512Vbmi;
+extern const IsaKernels kKernelsScalar, kKernelsAvx2, kKernelsAvxVnni, kKernelsAvx512Vnni, kKernelsAvx512Vbmi, kKernelsAmx;
 
 const IsaKernels& kernels_of(Isa isa);
 
 // Every row of the table, host support or not.
 std::vector<const KernelRow*> all_kernel_rows();
 
-// The ISA's own kernel, or where it has none that of the ISA it extends (avx512vbmi: avx512vnni). Null when there is
-// neither.
+// The ISA's own kernel, or where it has none that of the ISA it extends (amx: avx512vbmi, which extends avx512vnni).
+// Null when there is none.
 const KernelRow* select_kernel(const FormatInfo& format, Isa isa);
 
 }  // namespace hybrid

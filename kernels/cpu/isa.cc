@@ -31,7 +31,7 @@ uint64_t xcr0() {
   return (uint64_t{hi} << 32) | lo;
 }
 
-// Linux hands out AMX tile state only on request.
+// Linux hands out AMX tile state only on request. What it grants holds for every thread of the process.
 bool request_amx_permission() {
   constexpr long kArchReqXcompPerm = 0x1023;
   constexpr long kXfeatureTileData = 18;
@@ -80,6 +80,9 @@ std::vector<const char*> required(Isa isa) {
     case Isa::kAvx512Vbmi:
       return {"avx2",     "fma",      "f16c",       "bmi2",       "avx512f", "avx512bw",
               "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi", "gfni"};
+    case Isa::kAmx:
+      return {"avx2",     "fma",        "f16c",       "bmi2", "avx512f",  "avx512bw", "avx512vl",
+              "avx512dq", "avx512vnni", "avx512vbmi", "gfni", "amx_tile", "amx_int8"};
   }
   return {};
 }
@@ -98,6 +101,7 @@ const char* isa_name(Isa isa) {
     case Isa::kAvxVnni: return "avxvnni";
     case Isa::kAvx512Vnni: return "avx512vnni";
     case Isa::kAvx512Vbmi: return "avx512vbmi";
+    case Isa::kAmx: return "amx";
   }
   return "?";
 }

@@ -7,9 +7,9 @@ namespace hybrid {
 
 // Ascending preference. Names are features, not chips: scalar is baseline x86-64; avx2 adds FMA,
 // F16C and BMI2; avxvnni is avx2 with VNNI on 256 bits; avx512vnni means F, BW, VL, DQ and VNNI; avx512vbmi
-// adds VBMI and GFNI.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAvx512Vbmi = 4 };
-inline constexpr int kNumIsas = 5;
+// adds VBMI and GFNI; amx adds tiles of int8 to that.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAvx512Vbmi = 4, kAmx = 5 };
+inline constexpr int kNumIsas = 6;
 
 const char* isa_name(Isa isa);
 

@@ -115,6 +115,7 @@ void check_route(const RouteArgs& args, int64_t num_experts) {
 
 const OpsTable& ops_table(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:
     case Isa::kAvx512Vbmi:
     case Isa::kAvx512Vnni:
       return kOpsAvx512Vnni;

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,3 +55,38 @@ class Packer:
 @pytest.fixture(scope="session")
 def pack(pool: cpu.ThreadPool) -> Packer:
     return Packer(pool)
+
+
+SOURCES = Path(__file__).parents[3] / "kernels" / "cpu"
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "vbmi")), "-mgfni"]
+ISA_OPTIONS = {
+    "kernels_avxvnni.cc": [*AVX2, '-DKERNEL_VNNI256="vnni256_avx2.h"'],
+    "kernels_amx.cc": [*AVX512, '-DKERNEL_AMX_TILES="emulated_tiles.h"'],
+}
+BuildProgram = Callable[[str, Mapping[Path, Sequence[str]]], Path]
+
+
+@pytest.fixture
+def build_program(tmp_path: Path) -> BuildProgram:
+    """Builds a program in C++ from sources, each with options of its own."""
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not found:
+        pytest.skip("there is no C++ compiler: name one by CXX")
+    command = [*found.split(), "-std=c++20", "-O1", "-ffp-contract=off", f"-I{SOURCES}"]
+    command.append(f"-I{Path(__file__).parent}")
+
+    def compile_source(source: Path, options: Sequence[str]) -> Path:
+        target = tmp_path / f"{source.stem}.o"
+        options = [*ISA_OPTIONS.get(source.name, []), *options]
+        subprocess.run([*command, *options, "-c", source, "-o", target], check=True)
+        return target
+
+    def build(name: str, sources: Mapping[Path, Sequence[str]]) -> Path:
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_source, sources.keys(), sources.values()))
+        program = tmp_path / name
+        subprocess.run([*command, *objects, "-o", program], check=True)
+        return program
+
+    return build

@@ -9,7 +9,7 @@ from hybrid.kernels import cpu
 
 from hybrid.gguf import TRAITS, GGMLType
 
-ISAS = ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi"]
+ISAS = ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx"]
 # Formats with kernels of their own on avx512vbmi.
 VBMI = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0"]
 # fmt: off
@@ -22,9 +22,13 @@ FORMATS = [
 # fmt: on
 
 
+FLOATS = ["F32", "F16", "BF16"]
+OWN = {"avx512vbmi": VBMI, "amx": [name for name in FORMATS if name not in FLOATS]}
+
+
 def test_every_format_has_a_kernel_on_every_isa() -> None:
     rows = Counter((row["format"], row["isa"]) for row in cpu.kernel_rows())
-    expected = [(name, isa) for isa in ISAS for name in (VBMI if isa == "avx512vbmi" else FORMATS)]
+    expected = [(name, isa) for isa in ISAS for name in OWN.get(isa, FORMATS)]
     assert rows == Counter(expected)
     for name in FORMATS:
         for isa in ISAS:
@@ -32,10 +36,14 @@ def test_every_format_has_a_kernel_on_every_isa() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_vbmi_lacks_is_left_to_vnni(name: str) -> None:
-    activation = "f32" if name in ("F32", "F16", "BF16") else "q8"
+def test_what_an_isa_lacks_is_left_to_the_one_it_extends(name: str) -> None:
+    activation = "f32" if name in FLOATS else "q8"
     isa = "avx512vbmi" if name in VBMI else "avx512vnni"
     assert cpu.kernel_name(GGMLType[name], "avx512vbmi") == f"dot_{name}_{activation}_16x8_{isa}"
+    products = f"gemm_{name}_q8_16x16_amx"
+    assert cpu.kernel_name(GGMLType[name], "amx") == (
+        f"dot_{name}_f32_16x8_avx512vnni" if name in FLOATS else products
+    )
     assert cpu.kernel_name(GGMLType[name], "avx2") == f"dot_{name}_{activation}_16x4_avx2"
 
 
@@ -48,7 +56,8 @@ def test_rows_describe_their_kernel() -> None:
         floats = kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
         assert row["activation"] == ("f32" if floats else "q8")
         assert floats or row["block_cols"] == TRAITS[kind].block_size
-        assert row["name"] == f"dot_{row['format']}_{row['activation']}_16x{row['tile']}_{row['isa']}"
+        kernel = "gemm" if row["isa"] == "amx" else "dot"
+        assert row["name"] == f"{kernel}_{row['format']}_{row['activation']}_16x{row['tile']}_{row['isa']}"
         assert row["supported"] == (row["isa"] in cpu.supported_isas())
         assert cpu.has_kernel(row["ggml_type"], row["isa"])
 

@@ -10,7 +10,7 @@ from hybrid.kernels import cpu
 
 pytestmark = pytest.mark.usefixtures("restored_isa")
 
-KNOWN = ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi"]
+KNOWN = ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx"]
 AVX2 = ["avx2", "fma", "f16c", "bmi2"]
 AVX512 = [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"]
 NEEDS = {
@@ -19,6 +19,7 @@ NEEDS = {
     "avxvnni": [*AVX2, "avxvnni"],
     "avx512vnni": AVX512,
     "avx512vbmi": [*AVX512, "avx512vbmi", "gfni"],
+    "amx": [*AVX512, "avx512vbmi", "gfni", "amx_tile", "amx_int8"],
 }
 
 
