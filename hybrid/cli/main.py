@@ -32,6 +32,7 @@ COMMANDS = {
     "bench-serve": "hybrid.cli.bench_serve",
     "synth": "hybrid.cli.synth",
     "pack": "hybrid.cli.pack",
+    "profile": "hybrid.cli.profile",
     "pull": "hybrid.cli.pull",
     "doctor": "hybrid.cli.doctor",
 }

@@ -21,6 +21,7 @@ from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.weights import Weights
 from hybrid.moe.experts import Experts, ExpertStack
 from hybrid.moe.reduction import ExpertCount
+from hybrid.moe.usage import Phase, UsageCounter
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "load", "read_config"]
 
@@ -64,6 +65,11 @@ class DeepseekForCausalLM:
     def expert_count(self) -> ExpertCount:
         counts = [moe.router.counter.read() for moe in self._moes]
         return ExpertCount(*(sum(numbers) for numbers in zip(*counts, strict=True)))
+
+    def count_usage(self, phase: Phase) -> dict[int, UsageCounter]:
+        """Counts from now on which experts tokens use; by layer."""
+        layers = enumerate(layer.ffn for layer in self.layers)
+        return {index: ffn.count_usage(phase) for index, ffn in layers if isinstance(ffn, MoE)}
 
     def allocate_cache(self, num_blocks: int, fmt: KVFormat) -> None:
         for layer in self.layers:

@@ -19,8 +19,10 @@ from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
+from hybrid.moe.usage import Phase, UsageCounter
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
+from hybrid.placement.usage import PHASES, Usage
 
 # A recording keeps every intermediate result, 57 MB a sequence for DeepSeek-V3, and there is one for each
 # number of sequences; the more there are, the less the time of Python matters.
@@ -53,6 +55,9 @@ class Model:
         self._network, self._backends = network, backends
         self._num_blocks = 0
         self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
+        self._phase = Phase()
+        self._usage: dict[int, UsageCounter] | None = None
+        self._tokens = dict.fromkeys(PHASES, 0)  # since they are counted
 
     @property
     def num_threads(self) -> int:
@@ -90,6 +95,7 @@ class Model:
         """`forward` with a pause after each layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
+        self._tokens["decode" if self._phase.decodes else "prompt"] += len(token_ids)
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
         return steps
 
@@ -108,14 +114,39 @@ class Model:
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences.
         """
+        self._phase.decodes = True
+        try:
+            return self._decode(token_ids, batch)
+        finally:
+            self._phase.decodes = False
+
+    def _decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         backends = list(self._backends.values())
         recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
         if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
             return self.compute_logits(self.forward(token_ids, batch))
+        self._tokens["decode"] += len(token_ids)
         step = self._decode_steps.get(len(token_ids))
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
         return step.run(self._network, backends[0], token_ids, batch)
+
+    def count_usage(self) -> None:
+        """Counts from now on which experts tokens use. What is not counted costs nothing: decode steps that
+        were recorded before are recorded anew."""
+        self._decode_steps.clear()
+        self._tokens = dict.fromkeys(PHASES, 0)
+        self._usage = self._network.count_usage(self._phase)
+
+    @property
+    def usage(self) -> Usage:
+        """What `count_usage` has counted, between steps."""
+        counters = self._usage or {}
+        layers = {
+            layer: {phase: tuple(getattr(counter, phase).tolist()) for phase in PHASES}
+            for layer, counter in counters.items()
+        }
+        return Usage(dict(self._tokens), layers)
 
     @property
     def expert_count(self) -> ExpertCount:
