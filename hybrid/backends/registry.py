@@ -8,10 +8,11 @@ from hybrid.backends.base import Backend
 from hybrid.errors import PlacementError
 
 _FAKE = re.compile(r"^fake:\d+$")
+_FAKE_GPU = re.compile(r"^fakegpu:\d+$")
 
 
 def create_backend(device: str, num_threads: int | None = None) -> Backend:
-    """The backend of ``cpu`` or ``fake:N``.
+    """The backend of ``cpu``, ``fake:N`` or ``fakegpu:N``, which works asynchronously.
 
     Raises:
         PlacementError: this build has no backend for the device.
@@ -24,4 +25,8 @@ def create_backend(device: str, num_threads: int | None = None) -> Backend:
         from hybrid.backends.fake import FakeBackend
 
         return FakeBackend(device)
+    if _FAKE_GPU.match(device):
+        from hybrid.backends.fake_gpu import FakeGpuBackend
+
+        return FakeGpuBackend(device)
     raise PlacementError(f"device {device!r} is not available: this build runs on cpu and fake:N")

@@ -106,7 +106,7 @@ class Model:
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]``."""
         logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())
-        return logits
+        return logits if logits.is_cpu else logits.cpu()
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Logits float32 ``[S, vocab]`` after one new token for each of ``S`` sequences.
