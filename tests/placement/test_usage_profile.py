@@ -147,9 +147,8 @@ def test_a_profile_is_of_one_model(models):
         "more": "of another model, a.gguf: num_experts: expected 8, as in more.gguf, found 16",
         "deep": "layers: layer 3 is missing of 3 with experts in deep.gguf",
     }.items():
-        with GGUFFile.open(models / f"{name}.gguf") as file:
-            with pytest.raises(ConfigError, match=message):
-                check_model(profile, file, read_dimensions(file), weights=True)
+        with GGUFFile.open(models / f"{name}.gguf") as file, pytest.raises(ConfigError, match=message):
+            check_model(profile, file, read_dimensions(file), weights=True)
 
 
 def test_a_header_alone_tells_the_shape(models):
