@@ -62,6 +62,9 @@ class Backend(ABC):
     name: str
     device: torch.device
     can_record = False  # whether `record` works
+    serves_handoff = (
+        False  # whether streams of others may have its experts computed, see `hybrid.moe.handoff`
+    )
     runtime: Runtime | None = None  # streams, where operations are queued; see `hybrid.backends.streams`
 
     @abstractmethod

@@ -24,6 +24,7 @@ from hybrid.backends.streams import Event, Graph, Runtime, Stream
 from hybrid.errors import DeviceError
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_FREE = "free"  # nobody has to wait for it
 _GIVE_UP_S = 120.0  # a thread that waits longer has been forgotten
 
 
@@ -76,8 +77,8 @@ class _Work:
 
 
 class FakeEvent(Event):
-    def __init__(self, stream: FakeStream, capture: FakeCapture | None) -> None:
-        self.stream, self.capture, self.signal = stream, capture, _Signal()
+    def __init__(self, stream: FakeStream, signal: _Signal, capture: FakeCapture | None) -> None:
+        self.stream, self.signal, self.capture = stream, signal, capture
         self.clock = dict(capture.clocks[stream]) if capture else {}
 
     def synchronize(self, site: str) -> None:
@@ -110,9 +111,9 @@ class FakeStream(Stream):
 
     def record(self) -> FakeEvent:
         capture = self._capture
-        event = FakeEvent(self, capture)
-        self.push(_Work("record", sets=event.signal))
-        return event
+        signal = _Signal()
+        self.push(_Work("record", sets=signal))
+        return FakeEvent(self, signal, capture)
 
     def wait(self, event: Event, site: str) -> None:
         assert isinstance(event, FakeEvent)
@@ -184,7 +185,8 @@ class FakeCapture(Graph):
 
     def add(self, stream: FakeStream, work: _Work) -> None:
         clock = self.clocks[stream]
-        clock[stream] = clock.get(stream, 0) + 1
+        if work.name != _FREE:
+            clock[stream] = clock.get(stream, 0) + 1
         self.work.append((stream, work))
 
     def join(self, stream: FakeStream, event: FakeEvent) -> None:
@@ -225,6 +227,8 @@ class FakeRuntime(Runtime):
         failure: what ended the device's work: its stream and operation, and the error.
         num_tensors: tensors whose memory is in use.
     """
+
+    captures_other_devices = True
 
     def __init__(self, name: str, options: FakeOptions | None = None) -> None:
         self.name, self.options = name, options or FakeOptions()
@@ -283,7 +287,7 @@ class FakeRuntime(Runtime):
             with self._lock:
                 self.num_tensors -= 1
             if capture is None or capture is self.options.capture:
-                stream.push(_Work("free", run=lambda: fill_with_nonsense(values)))
+                stream.push(_Work(_FREE, run=lambda: fill_with_nonsense(values)))
 
         return DeviceTensor(values, self, Memory(freed))
 

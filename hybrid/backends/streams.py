@@ -85,10 +85,12 @@ class Runtime(ABC):
     Attributes:
         name: of the device, as placements spell it.
         main: the stream that is current where no other is.
+        captures_other_devices: whether a capture may go on to streams of other devices.
     """
 
     name: str
     main: Stream
+    captures_other_devices = False
 
     @property
     @abstractmethod

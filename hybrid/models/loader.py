@@ -14,6 +14,7 @@ from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
+from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
@@ -47,6 +48,8 @@ class Model:
         backends: dict[str, Backend],
         kv_format: KVFormat,
         loaded_bytes: dict[tuple[str, str], int],
+        *,
+        use_graphs: bool = True,
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -55,6 +58,8 @@ class Model:
         self._network, self._backends = network, backends
         self._num_blocks = 0
         self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
+        self._use_graphs = use_graphs
+        self._hybrid: HybridDecoder | None = None
         self._phase = Phase()
         self._usage: dict[int, UsageCounter] | None = None
         self._tokens = dict.fromkeys(PHASES, 0)  # since they are counted
@@ -84,8 +89,9 @@ class Model:
     def allocate_cache(self, num_blocks: int) -> None:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
         self._num_blocks = num_blocks
-        self._decode_steps.clear()
+        self._end_decoding()
         self._network.allocate_cache(num_blocks, self.kv_format)
+        self._begin_decoding()
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
@@ -112,7 +118,7 @@ class Model:
         """Logits float32 ``[S, vocab]`` after one new token for each of ``S`` sequences.
 
         Where the whole model is on a device that records, Python runs only the first such step of each small
-        number of sequences.
+        number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
         self._phase.decodes = True
         try:
@@ -121,6 +127,9 @@ class Model:
             self._phase.decodes = False
 
     def _decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        if self._hybrid is not None:
+            self._tokens["decode"] += len(token_ids)
+            return self._hybrid.decode(token_ids, batch)
         backends = list(self._backends.values())
         recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
         if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
@@ -134,16 +143,18 @@ class Model:
     def count_usage(self) -> None:
         """Counts from now on which experts tokens use. What is not counted costs nothing: decode steps that
         were recorded before are recorded anew."""
-        self._decode_steps.clear()
+        self._end_decoding()
         self._tokens = dict.fromkeys(PHASES, 0)
         self._usage = self._network.count_usage(self._phase)
+        if self._num_blocks:
+            self._begin_decoding()
 
     @property
     def usage(self) -> Usage:
         """What `count_usage` has counted, between steps."""
         counters = self._usage or {}
         layers = {
-            layer: {phase: tuple(getattr(counter, phase).tolist()) for phase in PHASES}
+            layer: {"prompt": counter.prompt.read(), "decode": counter.decode.read()}
             for layer, counter in counters.items()
         }
         return Usage(dict(self._tokens), layers)
@@ -154,10 +165,21 @@ class Model:
         count: ExpertCount = self._network.expert_count
         return count
 
+    def _begin_decoding(self) -> None:
+        if can_decode(self._network):
+            self._hybrid = HybridDecoder(self._network, self._num_blocks, use_graphs=self._use_graphs)
+
+    def _end_decoding(self) -> None:
+        """Drops what steps keep of the cache and of threads."""
+        self._decode_steps.clear()
+        if self._hybrid is not None:
+            self._hybrid.close()
+            self._hybrid = None
+
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""
+        self._end_decoding()
         self._network = None
-        self._decode_steps.clear()
         close_backends(self._backends)
 
 
@@ -171,6 +193,7 @@ def load_model(
     progress: Progress | None = None,
     config: Any = None,
     packed_cache: Path | None = None,
+    use_graphs: bool = True,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -186,6 +209,7 @@ def load_model(
             the loading and leaves nothing behind.
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
+        use_graphs: whether decode steps of devices are captured once and replayed.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
@@ -209,7 +233,7 @@ def load_model(
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format, loader.loaded_bytes)
+    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs)
 
 
 def pack_model(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid.backends.base import Backend
+from hybrid.backends.streams import Stream
 
 
 @dataclass
@@ -20,18 +21,43 @@ class Phase:
     decodes: bool = False
 
 
-class UsageCounter:
-    """Uses of the experts of one layer by tokens of prompts and by tokens that are written.
+class ExpertCounts:
+    """Uses of ``num_experts`` experts, counted on a backend's device.
 
-    Attributes:
-        prompt, decode: int64 ``[num_experts]`` on the router's device; a recorded step adds to the latter.
+    Streams work at the same time, so each has counts of its own: int64 ``[num_experts]``, at an address that
+    recordings and graphs keep, made when the stream counts first, which must not be within a capture.
     """
 
-    def __init__(self, backend: Backend, num_experts: int, phase: Phase) -> None:
-        self.backend, self.phase = backend, phase
-        zeros = torch.zeros(num_experts, dtype=torch.int64)
-        self.prompt, self.decode = backend.receive(zeros.clone()), backend.receive(zeros.clone())
+    def __init__(self, backend: Backend, num_experts: int) -> None:
+        self.backend, self.num_experts = backend, num_experts
+        self._counts: dict[Stream | None, torch.Tensor] = {}
 
     def add(self, topk_ids: torch.Tensor) -> None:
-        """int32 ``[T, k]``; -1 is no expert."""
-        self.backend.count_experts(topk_ids, self.decode if self.phase.decodes else self.prompt)
+        """int32 ``[T, k]`` on the device; -1 is no expert."""
+        runtime = self.backend.runtime
+        stream = None if runtime is None else runtime.current
+        if stream not in self._counts:
+            zeros = torch.zeros(self.num_experts, dtype=torch.int64)
+            self._counts[stream] = self.backend.receive(zeros)
+        self.backend.count_experts(topk_ids, self._counts[stream])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The counts of all streams; their sum is that of the experts."""
+        return list(self._counts.values())
+
+    def read(self) -> tuple[int, ...]:
+        """Of all streams, between steps; waits for the current one."""
+        lists = [counts.tolist() for counts in self.tensors()] or [[0] * self.num_experts]
+        return tuple(map(sum, zip(*lists, strict=True)))
+
+
+class UsageCounter:
+    """Uses of the experts of one layer by tokens of prompts and by tokens that are written."""
+
+    def __init__(self, backend: Backend, num_experts: int, phase: Phase) -> None:
+        self.phase = phase
+        self.prompt, self.decode = ExpertCounts(backend, num_experts), ExpertCounts(backend, num_experts)
+
+    def add(self, topk_ids: torch.Tensor) -> None:
+        """int32 ``[T, k]`` of the router; -1 is no expert."""
+        (self.decode if self.phase.decodes else self.prompt).add(topk_ids)

@@ -101,6 +101,35 @@ def test_mixed_placements_count_the_same(monkeypatch, tiny):
     assert {layer: sum(c["decode"]) for layer, c in found.usage.layers.items()} == dict.fromkeys(LAYERS, 228)
 
 
+GPU = {
+    "version": 1,
+    "rules": [
+        {"select": {"role": "routed_experts"}, "place": {"device": "cpu"}},
+        {"select": {"name": "*"}, "place": {"device": "fakegpu:0"}},
+    ],
+}
+
+
+def test_streams_and_graphs_count_every_use(tiny):
+    """Three texts at once are two lanes of streams, whose steps are captured."""
+    options = LoadOptions(max_model_len=256, max_num_seqs=3, num_threads=2, rules=GPU)
+    engine = load(tiny, options).engine
+    try:
+        engine.model.count_usage()
+        for name, ids in PROMPTS.items():
+            engine.add_request(name, ids, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            engine.step()
+        usage = engine.model.usage
+    finally:
+        engine.close()
+    assert usage.tokens == {"prompt": 153, "decode": 57}
+    for layer in LAYERS:
+        assert {phase: sum(counts) for phase, counts in usage.layers[layer].items()} == {
+            phase: tokens * PER_TOKEN for phase, tokens in usage.tokens.items()
+        }
+
+
 def test_dropped_experts_are_not_counted(monkeypatch, tiny):
     usage = Run(monkeypatch, tiny, expert_threshold=0.9).usage
     for layer in LAYERS:
