@@ -254,6 +254,8 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_CHUNKS": EnvVar(integer(1), _COUNT, "windows of the text to score (default: all)"),
     "HYBRID_KL_BASE": EnvVar(str, "a file", "compare with the log-probabilities in this file"),
     "HYBRID_SAVE_LOGPROBS": EnvVar(str, "a file", "keep this run's log-probabilities for --kl-base"),
+    "HYBRID_PROFILE_TEXT": EnvVar(str, "a file, or -", "text to run, like those the model will be used for"),
+    "HYBRID_PROFILE_OUT": EnvVar(str, "a file", "the usage profile to write"),
     # What `rules` and `synth` write, and where.
     "HYBRID_RULES_OUT": EnvVar(str, "a file", "the file to write"),
     "HYBRID_RULES_FORCE": EnvVar(boolean, _SWITCH, "overwrite the file"),

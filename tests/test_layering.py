@@ -16,7 +16,14 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     ("hybrid.__main__",),
     ("hybrid.cli",),
-    ("hybrid.bench", "hybrid.bench_load", "hybrid.bench_serve", "hybrid.perplexity", "hybrid.server"),
+    (
+        "hybrid.bench",
+        "hybrid.bench_load",
+        "hybrid.bench_serve",
+        "hybrid.perplexity",
+        "hybrid.profiling",
+        "hybrid.server",
+    ),
     ("hybrid.doctor",),
     ("hybrid.llm", "hybrid.async_llm"),
     ("hybrid.forward",),

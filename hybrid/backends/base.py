@@ -194,6 +194,12 @@ class Backend(ABC):
         ties by ascending id.
         """
 
+    def count_experts(self, topk_ids: torch.Tensor, counts: torch.Tensor) -> None:
+        """``counts[id] += 1`` in place for int32 ids ``[T, k]``, -1 counting nowhere; ``counts`` is int64
+        ``[num_experts]``."""
+        ids = topk_ids.flatten().long()
+        counts.scatter_add_(0, ids.clamp(min=0), (ids >= 0).long())
+
     @abstractmethod
     def moe(
         self,

@@ -365,6 +365,9 @@ class CpuBackend(Backend):
         )  # fmt: skip
         return ids, weights
 
+    def count_experts(self, topk_ids: torch.Tensor, counts: torch.Tensor) -> None:
+        cpu.count_experts(topk_ids.data_ptr(), topk_ids.numel(), counts.shape[0], counts.data_ptr())
+
     def moe(
         self,
         x: torch.Tensor,

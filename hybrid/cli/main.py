@@ -33,6 +33,7 @@ COMMANDS = {
     "bench-load": "hybrid.cli.bench_load",
     "synth": "hybrid.cli.synth",
     "pack": "hybrid.cli.pack",
+    "profile": "hybrid.cli.profile",
     "pull": "hybrid.cli.pull",
     "doctor": "hybrid.cli.doctor",
 }

@@ -75,6 +75,8 @@ def _body(model: Model, plan: Plan, title: str, colours: dict[str, str]) -> Iter
             f"<p><b>{plan.prediction.prefill_tps:.3g}</b> tokens/s of prompt</p></div>"
         )
     yield f'<p class="dim">{escape(prediction_line(plan))}</p>'
+    if plan.expert_cache is not None:
+        yield f'<p class="dim">{escape(str(plan.expert_cache))}</p>'
     yield from (f'<p class="warning">{escape(warning)}</p>' for warning in plan.warnings)
     yield "<h2>Memory</h2>"
     for memory in plan.memory.values():

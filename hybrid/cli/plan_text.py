@@ -26,6 +26,8 @@ def sections(model: Model, plan: Plan, title: str) -> Iterator[str]:
         yield node_line(plan) + "\n"
     yield "\n".join(bars(plan.memory)) + "\n"
     yield prediction_line(plan) + "\n"
+    if plan.expert_cache is not None:
+        yield f"{plan.expert_cache}\n"
     yield "## Roles\n"
     yield _role_table(model, plan) + "\n"
     yield "## Layers\n"

@@ -11,6 +11,7 @@ from hybrid.engine.batch import Batch, ScheduledSequence
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 from hybrid.models.layer_steps import LayerSteps
 from hybrid.moe.reduction import ExpertCount
+from hybrid.placement.usage import Usage
 
 LOGITS_ROWS = 64  # rows of prompt logits computed at once: 33 MB of a vocabulary of 130k
 
@@ -43,6 +44,13 @@ class CausalLM(Protocol):
     @property
     def expert_count(self) -> ExpertCount:
         """Experts chosen and run by now; zeros where none is ever dropped."""
+
+    def count_usage(self) -> None:
+        """Count from now on which experts tokens use."""
+
+    @property
+    def usage(self) -> Usage:
+        """What was counted."""
 
     def close(self) -> None:
         """Free everything."""

@@ -85,10 +85,11 @@ class GGUFFile:
         version: GGUF version of the first shard.
         metadata: key -> Python scalar, ``str``, list of ``str``, or numpy array.
         tensors: name -> `TensorInfo`, in file order over all shards.
+        header_only: whether tensor data may be missing.
     """
 
-    def __init__(self, shards: list[Shard]) -> None:
-        self._shards = shards
+    def __init__(self, shards: list[Shard], *, header_only: bool = False) -> None:
+        self._shards, self.header_only = shards, header_only
         self._maps: dict[int, mmap.mmap] = {}
         self._closed = False
         self.paths: list[Path] = [shard.path for shard in shards]
@@ -117,7 +118,7 @@ class GGUFFile:
         """
         shards = open_shards(Path(path), header_only=header_only)
         try:
-            return cls(shards)
+            return cls(shards, header_only=header_only)
         except BaseException:
             for shard in shards:
                 os.close(shard.fd)

@@ -11,6 +11,7 @@ from hybrid.backends.base import Backend, RouterConfig
 from hybrid.layers.mlp import MLP
 from hybrid.moe.experts import Experts
 from hybrid.moe.reduction import ExpertCounter, drop_minor_experts
+from hybrid.moe.usage import Phase, UsageCounter
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,20 @@ class Router:
 
 
 class MoE:
-    """``[T, hidden] -> [T, hidden]``: the routed experts' sum plus the shared expert."""
+    """``[T, hidden] -> [T, hidden]``: the routed experts' sum plus the shared expert.
+
+    Attributes:
+        usage: counts the experts that tokens use; ``None``: nothing does.
+    """
 
     def __init__(self, router: Router, experts: Experts, shared: MLP | None) -> None:
         self.router, self.experts, self.shared = router, experts, shared
+        self.usage: UsageCounter | None = None
+
+    def count_usage(self, phase: Phase) -> UsageCounter:
+        """Counts from now on; see `UsageCounter`."""
+        self.usage = UsageCounter(self.router.backend, self.router.config.num_experts, phase)
+        return self.usage
 
     @property
     def can_record(self) -> bool:
@@ -48,7 +59,10 @@ class MoE:
         return [self.router.backend, *([] if self.shared is None else self.shared.backends)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        routed = self.experts.begin(x, *self.router(x))
+        topk_ids, topk_weights = self.router(x)
+        if self.usage is not None:
+            self.usage.add(topk_ids)
+        routed = self.experts.begin(x, topk_ids, topk_weights)
         if self.shared is None:
             return routed()
         out = self.shared(x)

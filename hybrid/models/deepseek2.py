@@ -24,6 +24,7 @@ from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.weights import Weights
 from hybrid.moe.experts import Experts, ExpertStack
 from hybrid.moe.reduction import ExpertCount
+from hybrid.moe.usage import Phase, UsageCounter
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "load", "read_config"]
 
@@ -83,6 +84,10 @@ class DeepseekForCausalLM:
     def expert_count(self) -> ExpertCount:
         counts = [moe.router.counter.read() for moe in self.moes.values()]
         return ExpertCount(*(sum(numbers) for numbers in zip(*counts, strict=True)))
+
+    def count_usage(self, phase: Phase) -> dict[int, UsageCounter]:
+        """Counts from now on which experts tokens use; by layer."""
+        return {index: moe.count_usage(phase) for index, moe in self.moes.items()}
 
     def allocate_cache(self, num_blocks: int, fmt: KVFormat) -> None:
         for layer in self.layers:

@@ -20,8 +20,10 @@ from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
+from hybrid.moe.usage import Phase, UsageCounter
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
+from hybrid.placement.usage import PHASES, Usage
 
 # A recording keeps every intermediate result, 57 MB a sequence for DeepSeek-V3, and there is one for each
 # number of sequences; the more there are, the less the time of Python matters.
@@ -58,6 +60,9 @@ class Model:
         self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
         self._use_graphs = use_graphs
         self._hybrid: HybridDecoder | None = None
+        self._phase = Phase()
+        self._usage: dict[int, UsageCounter] | None = None
+        self._tokens = dict.fromkeys(PHASES, 0)  # since they are counted
 
     @property
     def num_threads(self) -> int:
@@ -86,8 +91,7 @@ class Model:
         self._num_blocks = num_blocks
         self._end_decoding()
         self._network.allocate_cache(num_blocks, self.kv_format)
-        if can_decode(self._network):
-            self._hybrid = HybridDecoder(self._network, num_blocks, use_graphs=self._use_graphs)
+        self._begin_decoding()
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
@@ -97,6 +101,7 @@ class Model:
         """`forward` with a pause after each part of a layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
+        self._tokens["decode" if self._phase.decodes else "prompt"] += len(token_ids)
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
         return steps
 
@@ -115,22 +120,54 @@ class Model:
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
+        self._phase.decodes = True
+        try:
+            return self._decode(token_ids, batch)
+        finally:
+            self._phase.decodes = False
+
+    def _decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         if self._hybrid is not None:
+            self._tokens["decode"] += len(token_ids)
             return self._hybrid.decode(token_ids, batch)
         backends = list(self._backends.values())
         recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
         if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
             return self.compute_logits(self.forward(token_ids, batch))
+        self._tokens["decode"] += len(token_ids)
         step = self._decode_steps.get(len(token_ids))
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
         return step.run(self._network, backends[0], token_ids, batch)
+
+    def count_usage(self) -> None:
+        """Counts from now on which experts tokens use. What is not counted costs nothing: decode steps that
+        were recorded before are recorded anew."""
+        self._end_decoding()
+        self._tokens = dict.fromkeys(PHASES, 0)
+        self._usage = self._network.count_usage(self._phase)
+        if self._num_blocks:
+            self._begin_decoding()
+
+    @property
+    def usage(self) -> Usage:
+        """What `count_usage` has counted, between steps."""
+        counters = self._usage or {}
+        layers = {
+            layer: {"prompt": counter.prompt.read(), "decode": counter.decode.read()}
+            for layer, counter in counters.items()
+        }
+        return Usage(dict(self._tokens), layers)
 
     @property
     def expert_count(self) -> ExpertCount:
         """Since the model was loaded; zeros where no threshold drops experts."""
         count: ExpertCount = self._network.expert_count
         return count
+
+    def _begin_decoding(self) -> None:
+        if can_decode(self._network):
+            self._hybrid = HybridDecoder(self._network, self._num_blocks, use_graphs=self._use_graphs)
 
     def _end_decoding(self) -> None:
         """Drops what steps keep of the cache and of threads."""

@@ -9,7 +9,6 @@ from hybrid.placement.capabilities import can_multiply, kind_of
 from hybrid.placement.memory import Model
 from hybrid.placement.plan import Plan
 from hybrid.placement.report import parts
-from hybrid.placement.sections import EXPERT_CACHE
 
 # What loading takes today; a plan may hold more.
 RUNNABLE_KINDS = ("cpu", "fake")
@@ -23,13 +22,8 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
         yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
     yield from _without_kernel(model, plan)
     yield from _grown(model, plan)
-    for memory in plan.memory.values():
-        kept = memory.scratch_parts.get(EXPERT_CACHE, 0)
-        if kept:
-            yield (
-                f"this build keeps no copies of experts on {memory.device} yet: {kept / (1 << 30):.2f} GiB "
-                "for them are planned, not used, and speed is predicted without"
-            )
+    if plan.expert_cache is not None and plan.expert_cache.pays is False:
+        yield str(plan.expert_cache)
     for memory in plan.memory.values():
         if memory.budget_bytes and memory.total_bytes > _NEARLY_FULL * memory.budget_bytes:
             left = (memory.budget_bytes - memory.total_bytes) / (1 << 20)

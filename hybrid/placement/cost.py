@@ -9,11 +9,12 @@ GPU rates are the data sheet's times the efficiencies below: estimates until thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
 from hybrid.placement.machine import DEFAULT_RAM_BANDWIDTH, DEFAULT_VRAM_BANDWIDTH, Machine
 from hybrid.placement.memory import Divisible, Model, Placed, RunSize, Tensor, cache_devices
@@ -41,6 +42,7 @@ CALLS_PER_LAYER = 14
 VRAM_EFFICIENCY = 0.75
 GPU_MACS = 35e12 * 0.5
 GPU_LAYER_S = 40e-6  # kernels of a captured graph
+CACHED_LAYER_S = 15e-6  # kernels of a layer's cached experts, in the same graph
 HANDOFF_S = 30e-6  # to the CPU and back, for each layer whose experts are there
 PREFILL_TOKENS = 512
 
@@ -159,6 +161,32 @@ def _cpu_weight_seconds(machine: Machine, format_: str, tokens: float, weight_by
         return interpolate(machine.rates.weight_s[format_], tokens)
     macs = INT8_MACS_PER_THREAD[machine.isa] * machine.num_threads
     return max(weight_bytes / (ram_bandwidth(machine) * RAM_EFFICIENCY), tokens / macs)
+
+
+def cpu_expert_seconds(tensors: Sequence[Tensor], formats: Sequence[GGMLType], machine: Machine) -> float:
+    """Seconds of one expert, whose matrices are of these stacks and stored so, for one token on the CPU."""
+    total = 0.0
+    for tensor, format_ in zip(tensors, formats, strict=True):
+        weights = tensor.info.n_elements / tensor.num_experts
+        weight_bytes = tensor.bytes_on("cpu", format_, num_experts=1) / weights
+        total += weights * _cpu_weight_seconds(machine, format_.name, 1.0, weight_bytes)
+    return total
+
+
+def cached_expert_seconds(
+    tensors: Sequence[Tensor], formats: Sequence[GGMLType], machine: Machine, device: str
+) -> float:
+    """The same for a copy on ``device``. Test devices compute on the CPU and save nothing."""
+    if kind_of(device) != "cuda":
+        return cpu_expert_seconds(tensors, formats, machine)
+    pairs = zip(tensors, formats, strict=True)
+    n_bytes = sum(tensor.bytes_on("cuda", format_, num_experts=1) for tensor, format_ in pairs)
+    return n_bytes / _vram_bandwidth(machine, device) / VRAM_EFFICIENCY
+
+
+def cached_layer_seconds(device: str) -> float:
+    """Seconds a layer with copies on ``device`` takes besides their arithmetic, by a token."""
+    return CACHED_LAYER_S if kind_of(device) == "cuda" else 0.0
 
 
 def ram_bandwidth(machine: Machine) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hybrid.placement.cost import Prediction
+from hybrid.placement.hot_experts import ExpertCachePlan
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import DeviceMemory, RunSize
 from hybrid.placement.roles import layer_of, role_of
@@ -83,6 +84,7 @@ class Plan:
         numa: the mode of weights on the CPU for which no rule says one, and why it was chosen.
         node_bytes: NUMA node -> bytes of weights bound to it.
         warnings: what is likely not meant, in whole sentences.
+        expert_cache: ``None`` where rules ask for none.
     """
 
     placements: dict[str, Placement]
@@ -94,6 +96,7 @@ class Plan:
     numa_reason: str = ""
     node_bytes: Mapping[int, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    expert_cache: ExpertCachePlan | None = None
 
     @property
     def devices(self) -> list[str]:

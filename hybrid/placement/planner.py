@@ -10,6 +10,7 @@ from hybrid.config import BLOCK_SIZE, ExpertUse
 from hybrid.errors import CapacityError, PlacementError
 from hybrid.gguf import GGUFFile
 from hybrid.placement.auto import CPU
+from hybrid.placement.cache_plan import cache_profile, plan_cache
 from hybrid.placement.cautions import cautions
 from hybrid.placement.cost import predict
 from hybrid.placement.machine import Machine
@@ -24,6 +25,7 @@ from hybrid.placement.rules.ranges import ranges_of
 from hybrid.placement.rules.selection import Claim, Selection, select
 from hybrid.placement.sections import cache_bytes, require_cache_device, with_expert_cache
 from hybrid.placement.settings import experts_of
+from hybrid.placement.usage import UsageProfile
 
 __all__ = ["Plan", "Planner", "check", "plan"]
 
@@ -79,6 +81,7 @@ class Planner:
         self.rule_set = None if rules == AUTO else load_rules(rules)
         self.experts = experts_of(experts or ExpertUse(), self.rule_set)
         self.model, self.machine = read_model(file), machine
+        self._profile: UsageProfile | None = None
         selection, cache = Selection(), {}
         if self.rule_set is not None:
             self.machine = machine.with_rules(self.rule_set.budgets)
@@ -87,6 +90,8 @@ class Planner:
                 more = f" ({len(found) - 1} more: `hybrid rules check` tells all)" if len(found) > 1 else ""
                 raise PlacementError(found[0] + more)
             cache = cache_bytes(self.model, self.rule_set)
+            weights = not file.header_only
+            self._profile = cache_profile(self.rule_set, file, self.model, weights=weights)
         if self.experts.per_token is not None:
             self.model = read_model(file, self.experts.per_token)
         self.selection = selection
@@ -104,9 +109,12 @@ class Planner:
             raise CapacityError(refusal(self, found))
         if crowded_nodes(found):
             raise CapacityError(node_refusal(found))
-        prediction = predict(self.model, found.placements, self.machine, found.size)
+        found = replace(found, prediction=predict(self.model, found.placements, self.machine, found.size))
+        if self.rule_set is not None:
+            cache = plan_cache(self.model, found, self.rule_set, self._profile)
+            found = replace(found, expert_cache=cache)
         warnings = [*_shortened(size, found.size), *cautions(self.model, found)]
-        return replace(found, prediction=prediction, warnings=tuple(warnings))
+        return replace(found, warnings=tuple(warnings))
 
     def explain(self, name: str, size: RunSize) -> list[str]:
         """The rules tried for a tensor, one line each, and where it goes.

@@ -170,7 +170,27 @@ def as_json(model: Model, plan: Plan) -> dict[str, Any]:
             }
             for tensor, placement in ((t, plan.placements[t.name]) for t in model.tensors)
         ],
+        "expert_cache": _expert_cache(plan),
         "warnings": list(plan.warnings),
+    }
+
+
+def _expert_cache(plan: Plan) -> dict[str, Any] | None:
+    cache = plan.expert_cache
+    if cache is None:
+        return None
+    return {
+        "device": cache.device,
+        "policy": cache.policy,
+        "profile": cache.profile,
+        "bytes": cache.chosen.n_bytes,
+        "copies": cache.chosen.num_experts,
+        "experts": cache.num_experts,
+        "hit_rate": cache.chosen.hit_rate,
+        "decode_tps": cache.decode_tps,
+        "decode_tps_without": cache.without_tps,
+        "pays": cache.pays,
+        "layers": {str(layer): list(experts) for layer, experts in cache.chosen.experts.items()},
     }
 
 

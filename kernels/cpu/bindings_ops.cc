@@ -158,6 +158,15 @@ void bind_add(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Addr
                  add_to = pointer<float>(sums, kName, "sums")] { add(pool, x_in, num_tokens, dim, add_to); });
 }
 
+void bind_count(Address ids, int64_t num_ids, int64_t num_experts, Address counts) {
+  constexpr const char* kName = "count_experts";
+  check_count(num_ids, 0, kName, "num_ids");
+  check_count(num_experts, 1, kName, "num_experts");
+  if (num_ids == 0) return;
+  run_operation([num_ids, num_experts, ids_in = pointer<const int32_t>(ids, kName, "ids"),
+                 totals = pointer<int64_t>(counts, kName, "counts")] { count_experts(ids_in, num_ids, num_experts, totals); });
+}
+
 void bind_mlp(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, Address x,
               int64_t num_tokens, Address out) {
   constexpr const char* kName = "mlp";
@@ -192,6 +201,8 @@ void bind_ops(nb::module_& m) {
         "A dense SwiGLU block.");
   m.def("add", &bind_add, "pool"_a, "x"_a, "num_tokens"_a, "dim"_a, "sums"_a, Unlocked(),
         "sums += x, both float32 [num_tokens, dim].");
+  m.def("count_experts", &bind_count, "ids"_a, "num_ids"_a, "num_experts"_a, "counts"_a, Unlocked(),
+        "counts[id] += 1, int64 [num_experts], for int32 ids; -1 counts nowhere.");
   nb::class_<Recording>(m, "Recording", "Operations kept to run again without Python between them (recording.h).")
       .def(nb::init<>())
       .def("start", &Recording::start, "Keeps the operations this thread calls from now on.")

@@ -142,6 +142,18 @@ void add(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, floa
   for_each_token(pool, num_tokens, dim, [&](int64_t t, int) { ops.accumulate(x + t * dim, dim, &one, 1, dim, sums + t * dim); });
 }
 
+void count_experts(const int32_t* ids, int64_t num_ids, int64_t num_experts, int64_t* counts) {
+  for (int64_t i = 0; i < num_ids; ++i) {
+    if (ids[i] < -1 || ids[i] >= num_experts) {
+      throw std::invalid_argument("count_experts: id " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
+                                  " is none of " + std::to_string(num_experts) + " experts");
+    }
+  }
+  for (int64_t i = 0; i < num_ids; ++i) {
+    if (ids[i] >= 0) ++counts[ids[i]];
+  }
+}
+
 void route(ThreadPool& pool, const PackedMatrix& router, const RouteArgs& args) {
   const int64_t num_experts = router.rows();
   check_route(args, num_experts);

@@ -31,6 +31,10 @@ void rms_norm(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim,
 // sums += x, both [num_tokens][dim].
 void add(ThreadPool& pool, const float* x, int64_t num_tokens, int64_t dim, float* sums);
 
+// counts[id] += 1 for each of `num_ids` ids; -1 is no expert. Throws std::invalid_argument, having counted nothing, for
+// an id outside [-1, num_experts).
+void count_experts(const int32_t* ids, int64_t num_ids, int64_t num_experts, int64_t* counts);
+
 struct RouteArgs {
   const float* x;       // [num_tokens][router.cols()]
   int64_t num_tokens;

@@ -60,7 +60,7 @@ def test_every_key(tmp_path):
     assert (named.name, named.regex) == ("blk.*.ffn_*", "up|down")
     assert [rule.optional for rule in rules.rules] == [True, False, False]
     assert (rules.experts.per_token, rules.experts.threshold) == (6, 0.25)
-    assert rules.experts.cache == ExpertCacheRule("cuda:0", None, "static", "hot.json")
+    assert rules.experts.cache == ExpertCacheRule("cuda:0", None, "static", str(tmp_path / "hot.json"))
     assert rules.kv_cache == KVCacheRule("cuda:0", "q8_0", 65536)
     assert rules.budgets == {"cuda:0": 45 << 29, "cpu": 512 * 10**9}
 

@@ -261,3 +261,9 @@ def _sections(rule_set: RuleSet, subject: Subject) -> Iterator[str]:
         )
     if experts.cache is not None and not dims.num_experts:
         yield f"{rule_set.where('experts.cache')}: cache: {subject.file} has no routed experts"
+    if experts.cache is not None and experts.cache.policy == "static" and experts.cache.profile is None:
+        yield (
+            f"{rule_set.where('experts.cache.policy')}: policy: static needs a profile, which tells the "
+            f"experts to copy; `hybrid profile {subject.file} --text FILE -o usage.json` writes one for "
+            "profile: usage.json, or take dynamic"
+        )

@@ -90,7 +90,7 @@ class Rule:
 class ExpertCacheRule:
     """Spare memory of ``device`` holds the most used experts; ``n_bytes`` ``None``: all that is left.
 
-    ``profile``: a file that tells which they are.
+    ``profile``: a file that tells which they are; a relative name starts at the rule file that has it.
     """
 
     device: str

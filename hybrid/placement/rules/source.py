@@ -82,10 +82,10 @@ def _file(path: Path, source: str, above: tuple[str, ...], asked: str = "") -> R
 def _complete(document: Document, folder: Path | None, above: tuple[str, ...]) -> RuleSet:
     """With what the document includes. ``folder``: where relative names start, ``None``: the shipped ones;
     ``above``: the files that include one another, this one last."""
+    own, given = _with_profile(document.rule_set, folder), document.given
     if document.include is None:
-        return document.rule_set
+        return own
     inner = _included(document.include, folder, above)
-    own, given = document.rule_set, document.given
     return replace(
         own,
         rules=(*own.rules, *(replace(rule, depth=rule.depth + 1) for rule in inner.rules)),
@@ -96,6 +96,15 @@ def _complete(document: Document, folder: Path | None, above: tuple[str, ...]) -
         complete=own.complete if "complete" in given else inner.complete,
         origins={**inner.origins, **own.origins},
     )
+
+
+def _with_profile(rule_set: RuleSet, folder: Path | None) -> RuleSet:
+    """The profile's name is relative to the file that names it."""
+    cache = rule_set.experts.cache
+    if cache is None or cache.profile is None or folder is None:
+        return rule_set
+    cache = replace(cache, profile=str(folder / Path(cache.profile).expanduser()))
+    return replace(rule_set, experts=replace(rule_set.experts, cache=cache))
 
 
 def _included(node: Node, folder: Path | None, above: tuple[str, ...]) -> RuleSet:
