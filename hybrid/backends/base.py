@@ -99,6 +99,11 @@ class Backend(ABC):
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         """The latent cache of one layer: ``num_blocks * BLOCK_SIZE`` rows of ``latent_dim + rope_dim``."""
 
+    def allocate_kv_cache(self, num_blocks: int, num_kv_heads: int, head_dim: int, fmt: KVFormat) -> Any:
+        """Keys and values of one layer with grouped heads: ``num_blocks * BLOCK_SIZE`` rows of
+        ``num_kv_heads * head_dim`` each. With q8_0, ``head_dim`` is a multiple of 32."""
+        raise NotImplementedError(f"{self.describe()} has no attention with grouped heads")
+
     def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
         """Copies blocks of a layer's cache, each from the first to the second of a pair."""
         raise NotImplementedError(f"{self.describe()} copies no cache blocks")
@@ -179,6 +184,32 @@ class Backend(ABC):
         Scores are ``(q_latent · latent + q_pe · k_pe) * scale`` with ``q_pe`` the last ``rope_dim`` of ``q``;
         values are the latents themselves. Keys are taken in fixed splits of 512.
         """
+
+    def gqa_append(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: torch.Tensor,
+        cache: Any,
+        batch: AttentionBatch,
+        *,
+        halves: bool,
+    ) -> None:
+        """Rotate and store. In place: the first ``rope_dim`` of each head of ``q`` ``[T, heads, head_dim]``.
+
+        ``k``, ``v`` ``[T, kv_heads, head_dim]``: ``k`` rotated likewise and ``v`` are stored at
+        ``batch.slot_mapping``. Rotation pairs are (i, i + rope_dim / 2) with ``halves``, else (2i, 2i+1);
+        ``rope`` as in `mla_append`.
+        """
+        raise NotImplementedError(f"{self.describe()} has no attention with grouped heads")
+
+    def gqa_attention(self, q: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float) -> torch.Tensor:
+        """Causal attention of ``[T, heads, head_dim]`` over keys and values -> the same shape.
+
+        Query head ``h`` sees key head ``h // (heads / kv_heads)``. Keys are taken in fixed splits of 512.
+        """
+        raise NotImplementedError(f"{self.describe()} has no attention with grouped heads")
 
     @abstractmethod
     def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:

@@ -10,53 +10,30 @@ import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hybrid.backends.base import Backend, Recording, RouterConfig
+from hybrid.backends.base import Recording, RouterConfig
+from hybrid.backends.cpu_attention import CpuAttention
 from hybrid.backends.locality import Locality, locality_of
 from hybrid.backends.packed_cache import PackedFile, PackedWriter, entry_key, packed_bytes
 from hybrid.backends.source import TensorSource
 from hybrid.calibration import workers_of
-from hybrid.config import KVFormat
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.gguf.read_ahead import PIECE_BYTES, ReadAhead, Request
 from hybrid.kernels import cpu
-from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 from hybrid.log import get_logger
-from hybrid.placement.capabilities import GROUP_ROWS, cache_row_bytes
+from hybrid.placement.capabilities import GROUP_ROWS
 from hybrid.placement.numa import layout
 
 logger = get_logger(__name__)
 
 _HOST = torch.device("cpu")
-_CACHE_DTYPES: dict[KVFormat, torch.dtype] = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "q8_0": torch.uint8,
-}
-
-
-@dataclass(frozen=True)
-class LatentCache:
-    """The latent cache of a layer: ``[num_blocks * BLOCK_SIZE, latent_dim + rope_dim]``, flat; of q8_0 the
-    codes, and behind them the scales (`kernels/cpu/attention.h`)."""
-
-    data: torch.Tensor
-    fmt: KVFormat
-    num_blocks: int
-    latent_dim: int
-    rope_dim: int
-
-    @property
-    def address(self) -> int:
-        return self.data.data_ptr()
 
 
 class _CpuRecording:
@@ -80,7 +57,7 @@ class _CpuRecording:
         self._recording.run()
 
 
-class CpuBackend(Backend):
+class CpuBackend(CpuAttention):
     """``num_threads`` workers on a physical core each, spread over the nodes of the machine; ``None`` takes
     all cores. More workers than CPUs are left to the operating system to place.
 
@@ -226,17 +203,6 @@ class CpuBackend(Backend):
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.nbytes)
 
-    def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
-        dtype = _CACHE_DTYPES[fmt]
-        n_bytes = num_blocks * BLOCK_SIZE * cache_row_bytes(latent_dim + rope_dim, fmt)
-        data = torch.zeros(n_bytes // dtype.itemsize, dtype=dtype, device=_HOST)
-        return LatentCache(data, fmt, num_blocks, latent_dim, rope_dim)
-
-    def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
-        blocks = cache.data.view(cache.num_blocks, BLOCK_SIZE, -1)
-        for source, target in pairs:
-            blocks[target].copy_(blocks[source])
-
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.is_cpu else x.to(self.device)
 
@@ -255,12 +221,6 @@ class CpuBackend(Backend):
             self._cache.close()
         self._mapped = None
         del self.pool
-
-    def _result(self, like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        out = like.new_empty(shape, dtype=dtype)
-        if self.recorded is not None:
-            self.recorded.append(out)
-        return out
 
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
         out = self._result(token_ids, token_ids.shape[0], table.cols)
@@ -284,73 +244,6 @@ class CpuBackend(Backend):
         rows: int = weight.rows
         out = self._result(x, x.shape[0], rows)
         cpu.linear(self.pool, weight, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), rows)
-        return out
-
-    def mla_append(
-        self,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        kv_norm: torch.Tensor,
-        eps: float,
-        rope: torch.Tensor,
-        cache: Any,
-        batch: AttentionBatch,
-    ) -> None:
-        tokens, heads, head_dim = q.shape
-        cpu.mla_append(
-            self.pool, q.data_ptr(), tokens, heads, head_dim, kv.data_ptr(), kv_norm.data_ptr(), eps,
-            rope.data_ptr(), rope.shape[0], cache.address, cache.fmt,
-            cache.num_blocks, cache.latent_dim, cache.rope_dim,
-            batch.positions.data_ptr(), batch.slot_mapping.data_ptr(),
-        )  # fmt: skip
-
-    def absorb_q(self, q: torch.Tensor, k_b: Any, nope_dim: int, *, transposed: bool) -> torch.Tensor:
-        tokens, heads, head_dim = q.shape
-        latent: int = k_b.cols if transposed else k_b.rows
-        out = self._result(q, tokens, heads, latent)
-        product = cpu.linear_transposed_batched if transposed else cpu.linear_batched
-        product(
-            self.pool,
-            k_b,
-            q.data_ptr(),
-            tokens,
-            heads * head_dim,
-            head_dim,
-            out.data_ptr(),
-            heads * latent,
-            latent,
-        )
-        return out
-
-    def mla_attention(
-        self, q: torch.Tensor, q_latent: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float
-    ) -> torch.Tensor:
-        tokens, heads, head_dim = q.shape
-        out = self._result(q_latent, *q_latent.shape)
-        cpu.mla_attention(
-            self.pool, q.data_ptr(), q_latent.data_ptr(), tokens, heads, head_dim, cache.address, cache.fmt,
-            cache.num_blocks, cache.latent_dim, cache.rope_dim,
-            batch.seq_lens.shape[0], batch.positions.data_ptr(), batch.query_start.data_ptr(),
-            batch.seq_lens.data_ptr(), batch.block_tables.data_ptr(), batch.block_tables.stride(0), scale,
-            out.data_ptr(),
-        )  # fmt: skip
-        return out
-
-    def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
-        tokens, heads, latent = context.shape
-        v_dim: int = v_b.rows
-        out = self._result(context, tokens, heads * v_dim)
-        cpu.linear_batched(
-            self.pool,
-            v_b,
-            context.data_ptr(),
-            tokens,
-            heads * latent,
-            latent,
-            out.data_ptr(),
-            heads * v_dim,
-            v_dim,
-        )
         return out
 
     def route(

@@ -45,6 +45,15 @@ class FloatCache:
     fmt: KVFormat
 
 
+@dataclass(frozen=True)
+class FloatKVCache:
+    """Keys and values, ``[num_blocks * BLOCK_SIZE, kv_heads, head_dim]``, and whose rounding they have."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    fmt: KVFormat
+
+
 def round_to_q8(x: torch.Tensor, cols: int = 256, *, half_scales: bool = False) -> torch.Tensor:
     """``x`` as int8 codes with one scale for every ``cols`` columns of a row would hold it."""
     pieces = []
@@ -88,10 +97,16 @@ class FakeBackend(Backend):
         rows = torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=_CACHE_DTYPES[fmt])
         return FloatCache(rows, fmt)
 
+    def allocate_kv_cache(self, num_blocks: int, num_kv_heads: int, head_dim: int, fmt: KVFormat) -> Any:
+        shape = num_blocks * BLOCK_SIZE, num_kv_heads, head_dim
+        keys, values = (torch.zeros(shape, dtype=_CACHE_DTYPES[fmt]) for _ in range(2))
+        return FloatKVCache(keys, values, fmt)
+
     def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
-        blocks = cache.rows.view(-1, BLOCK_SIZE, cache.rows.shape[1])
-        for source, target in pairs:
-            blocks[target].copy_(blocks[source])
+        for rows in (cache.keys, cache.values) if isinstance(cache, FloatKVCache) else (cache.rows,):
+            blocks = rows.view(-1, BLOCK_SIZE, *rows.shape[1:])
+            for source, target in pairs:
+                blocks[target].copy_(blocks[source])
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device)
@@ -149,15 +164,48 @@ class FakeBackend(Backend):
         latent_dim = q_latent.shape[-1]
         q_all = torch.cat((q_latent, q[..., q.shape[-1] - (cache.rows.shape[1] - latent_dim) :]), dim=-1)
         out = torch.empty_like(q_latent)
-        for s, length in enumerate(batch.seq_lens.tolist()):
+        for s, slots in enumerate(_slots(batch)):
             start, stop = batch.query_start[s : s + 2].tolist()
-            slots = torch.arange(length)
-            blocks = batch.block_tables[s].long()[slots // BLOCK_SIZE]
-            keys = cache.rows[blocks * BLOCK_SIZE + slots % BLOCK_SIZE].float()
-            scores = torch.einsum("thd,kd->htk", q_all[start:stop], keys) * scale
-            hidden = slots[None] > batch.positions[start:stop].long()[:, None]
-            probabilities = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-            out[start:stop] = torch.einsum("htk,kd->thd", probabilities, keys[:, :latent_dim])
+            keys = cache.rows[slots].float()[:, None].expand(-1, q.shape[1], -1)
+            positions = batch.positions[start:stop]
+            out[start:stop] = _attend(q_all[start:stop], keys, keys[..., :latent_dim], positions, scale)
+        return out
+
+    def gqa_append(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: torch.Tensor,
+        cache: Any,
+        batch: AttentionBatch,
+        *,
+        halves: bool,
+    ) -> None:
+        cos_sin, rope_dim = rope[batch.positions.long()][:, None], 2 * rope.shape[1]
+
+        def rotated(x: torch.Tensor) -> torch.Tensor:
+            if not halves:
+                return _rotate(x, cos_sin)
+            pairs = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+            return torch.cat([_rotate(pairs, cos_sin)[..., i::2] for i in range(2)], dim=-1)
+
+        q[..., :rope_dim] = rotated(q[..., :rope_dim])
+        k = torch.cat((rotated(k[..., :rope_dim]), k[..., rope_dim:]), dim=-1)
+        for target, rows in ((cache.keys, k), (cache.values, v)):
+            if cache.fmt == "q8_0":
+                rows = round_to_q8(rows, _CACHE_SCALE_BLOCK, half_scales=True)
+            target[batch.slot_mapping.long()] = rows.to(target.dtype)
+
+    def gqa_attention(self, q: torch.Tensor, cache: Any, batch: AttentionBatch, scale: float) -> torch.Tensor:
+        group = q.shape[1] // cache.keys.shape[1]
+        out = torch.empty_like(q)
+        for s, slots in enumerate(_slots(batch)):
+            start, stop = batch.query_start[s : s + 2].tolist()
+            keys, values = (
+                rows[slots].float().repeat_interleave(group, dim=1) for rows in (cache.keys, cache.values)
+            )
+            out[start:stop] = _attend(q[start:stop], keys, values, batch.positions[start:stop], scale)
         return out
 
     def project_v(self, context: torch.Tensor, v_b: Any) -> torch.Tensor:
@@ -215,3 +263,22 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos_sin.unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def _slots(batch: AttentionBatch) -> list[torch.Tensor]:
+    """Cache slots of the tokens of each sequence, in order."""
+    found = []
+    for table, length in zip(batch.block_tables.long(), batch.seq_lens.tolist(), strict=True):
+        token = torch.arange(length)
+        found.append(table[token // BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE)
+    return found
+
+
+def _attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Queries ``[t, heads, dim]`` over keys and values ``[k, heads, ...]`` at positions 0, 1, ..."""
+    scores = torch.einsum("thd,khd->htk", q, keys) * scale
+    hidden = torch.arange(len(keys))[None] > positions.long()[:, None]
+    probabilities = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("htk,khd->thd", probabilities, values)

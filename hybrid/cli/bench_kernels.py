@@ -17,7 +17,7 @@ _RULE = "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    formats = "formats to take (default: all); on a GPU, parts of names"
+    formats = "formats to take, and attention (default: all); on a GPU, parts of names"
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=formats)
     arguments.flag(parser, "--device", default="cpu", choices=("cpu", "cuda"))
     arguments.flag(parser, "-t", "--threads")
@@ -34,10 +34,10 @@ def _run_cpu(args: argparse.Namespace) -> int:
 
     from hybrid.backends.isa import select_isa
     from hybrid.gguf import GGMLType, random_blocks
-    from hybrid.kernels import bench, cpu
+    from hybrid.kernels import bench, bench_attention, cpu
 
     isa = select_isa(args.isa)
-    known = sorted({row["format"] for row in cpu.kernel_rows()})
+    known = [*sorted({row["format"] for row in cpu.kernel_rows()}), bench_attention.FORMAT]
     for name in args.formats:
         if name not in known:
             raise ConfigError(f"FORMAT: expected one of {', '.join(known)}, found {name!r}")
@@ -52,9 +52,14 @@ def _run_cpu(args: argparse.Namespace) -> int:
     with status_line() as announce:
         announce("measuring the machine's limits")
         limits = bench.measure_limits(pool)
-        for result in bench.bench_kernels(pool, limits, random_rows, formats=args.formats):
-            announce(f"{result.name}, {result.num_tokens} tokens")
-            results.append(result)
+        formats = [name for name in args.formats if name != bench_attention.FORMAT]
+        if formats or not args.formats:
+            for result in bench.bench_kernels(pool, limits, random_rows, formats=formats):
+                announce(f"{result.name}, {result.num_tokens} tokens")
+                results.append(result)
+        if len(formats) < len(args.formats) or not args.formats:
+            announce("attention")
+            results += bench_attention.bench_attention(pool, limits)
     if args.output == "json":
         print(json.dumps({"limits": asdict(limits), "results": [asdict(r) for r in results]}, indent=1))
         return 0

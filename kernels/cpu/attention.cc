@@ -30,22 +30,13 @@ class LatentSource final : public AttentionSource {
   }
 
   float fix_key(int64_t slot, int64_t, int part, int16_t* words, int64_t panel_stride) const override {
-    const LatentCache& cache = args_.cache;
-    const int64_t first = part == 0 ? 0 : cache.latent_dim;
-    if (cache.format == CacheFormat::kQ8_0) {
-      return ops_.fix_key_q8(cache.codes(slot) + first, cache.scales(slot) + first / kScaleBlock, key_dims[part], words,
-                             panel_stride);
-    }
-    return ops_.fix_key(cache.row(slot) + first * cache.element_bytes(), cache.format, key_dims[part], words,
-                        panel_stride);
+    return args_.cache.rows.fix(ops_, slot, part == 0 ? 0 : key_dims[0], key_dims[part], words, panel_stride);
   }
 
   float fix_value(int64_t, int64_t, int16_t*, int64_t) const override { return 0.0f; }
 
   void prefetch(int64_t slot, int64_t) const override {
-    const uint8_t* row = args_.cache.row(slot);
-    const int64_t bytes = args_.cache.width() * args_.cache.element_bytes();
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+    args_.cache.rows.prefetch(slot, 0, args_.cache.rows.width);
   }
 
  private:
@@ -58,12 +49,12 @@ class LatentSource final : public AttentionSource {
 std::string number(int64_t n) { return std::to_string(n); }
 
 void check_cache(const LatentCache& cache, int64_t head_dim, const char* operation) {
-  if (cache.latent_dim < 1 || cache.rope_dim < 2 || cache.rope_dim % 2 != 0 || cache.num_blocks < 1) {
+  if (cache.latent_dim < 1 || cache.rope_dim < 2 || cache.rope_dim % 2 != 0 || cache.rows.num_blocks < 1) {
     refuse(std::string(operation) + ": a latent cache needs at least one block, one latent column and an even rope_dim; found " +
-           number(cache.num_blocks) + " blocks, latent_dim " + number(cache.latent_dim) + ", rope_dim " +
+           number(cache.rows.num_blocks) + " blocks, latent_dim " + number(cache.latent_dim) + ", rope_dim " +
            number(cache.rope_dim));
   }
-  if (cache.format == CacheFormat::kQ8_0 && cache.latent_dim % kScaleBlock != 0) {
+  if (cache.rows.format == CacheFormat::kQ8_0 && cache.latent_dim % kScaleBlock != 0) {
     refuse(std::string(operation) + ": a q8_0 cache needs a latent_dim that is a multiple of " + number(kScaleBlock) +
            ", found " + number(cache.latent_dim));
   }
@@ -78,7 +69,7 @@ void check_cache(const LatentCache& cache, int64_t head_dim, const char* operati
 void mla_attention(ThreadPool& pool, const MlaAttentionArgs& args) {
   if (args.rows.num_tokens == 0) return;
   check_cache(args.cache, args.head_dim, "mla_attention");
-  check_rows("mla_attention", args.rows, args.cache.num_blocks);
+  check_rows("mla_attention", args.rows, args.cache.rows.num_blocks);
   flash_attention(pool, args.rows, LatentSource(args), args.scale, args.out);
 }
 
@@ -90,14 +81,14 @@ void mla_append(ThreadPool& pool, const MlaAppendArgs& args) {
       refuse("mla_append: token " + number(t) + " has position " + number(args.positions[t]) +
              "; the rotary table covers " + number(args.max_positions));
     }
-    if (args.slot_mapping[t] < -1 || args.slot_mapping[t] >= cache.num_blocks * kCacheBlock) {
+    if (args.slot_mapping[t] < -1 || args.slot_mapping[t] >= cache.rows.num_blocks * kCacheBlock) {
       refuse("mla_append: token " + number(t) + " is to be stored at slot " + number(args.slot_mapping[t]) +
-             "; the cache has " + number(cache.num_blocks * kCacheBlock) + " slots");
+             "; the cache has " + number(cache.rows.num_blocks * kCacheBlock) + " slots");
     }
   }
   const OpsTable& ops = ops_table(current_isa());
   Scratch& scratch = Scratch::fresh();
-  const int64_t width = cache.latent_dim + cache.rope_dim, row_floats = pad16(width);
+  const int64_t width = cache.rows.width, row_floats = pad16(width);
   float* rows = scratch.take<float>(pool.num_threads() * row_floats);
   for_each_token(pool, args.num_tokens, args.num_heads * cache.rope_dim + width, [&](int64_t t, int worker) {
     const float* rope = args.rope + args.positions[t] * cache.rope_dim;
@@ -109,12 +100,7 @@ void mla_append(ThreadPool& pool, const MlaAppendArgs& args) {
     ops.rms_norm(args.kv + t * width, args.kv_norm, nullptr, args.eps, cache.latent_dim, row);
     memcpy(row + cache.latent_dim, args.kv + t * width + cache.latent_dim, cache.rope_dim * sizeof(float));
     ops.rotate(row + cache.latent_dim, rope, cache.rope_dim);
-    const int64_t slot = args.slot_mapping[t];
-    if (cache.format == CacheFormat::kQ8_0) {
-      ops.encode_q8(row, width, cache.codes(slot), cache.scales(slot));
-    } else {
-      ops.encode(row, width, cache.format, cache.row(slot));
-    }
+    cache.rows.store(ops, args.slot_mapping[t], row);
   });
 }
 

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "bindings_address.h"
 #include "bindings_ops.h"
+#include "gqa_attention.h"
 #include "machine_limits.h"
 #include "moe.h"
 #include "ops.h"
@@ -66,7 +67,9 @@ void bind_append(ThreadPool& pool, Address q, int64_t num_tokens, int64_t num_he
                            .eps = eps,
                            .rope = pointer<const float>(rope, kName, "rope"),
                            .max_positions = max_positions,
-                           .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
+                           .cache = {{pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim + rope_dim},
+                                     latent_dim,
+                                     rope_dim},
                            .positions = pointer<const int32_t>(positions, kName, "positions"),
                            .slot_mapping = pointer<const int32_t>(slot_mapping, kName, "slot_mapping")};
   run_operation([&pool, args] { mla_append(pool, args); });
@@ -93,10 +96,67 @@ void bind_attention(ThreadPool& pool, Address q, Address q_latent, int64_t num_t
                                        .block_tables = pointer<const int32_t>(block_tables, kName, "block_tables"),
                                        .block_table_stride = block_table_stride},
                               .head_dim = head_dim,
-                              .cache = {pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim, rope_dim},
+                              .cache = {{pointer<void>(cache, kName, "cache"), cache_format(format), num_blocks, latent_dim + rope_dim},
+                                     latent_dim,
+                                     rope_dim},
                               .scale = scale,
                               .out = pointer<float>(out, kName, "out")};
   run_operation([&pool, args] { mla_attention(pool, args); });
+}
+
+void bind_gqa_append(ThreadPool& pool, Address q, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                     int64_t head_dim, Address k, Address v, Address rope, int64_t rope_dim, int64_t max_positions,
+                     bool halves, Address keys, Address values, const std::string& format, int64_t num_blocks,
+                     Address positions, Address slot_mapping) {
+  constexpr const char* kName = "gqa_append";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  if (num_tokens == 0) return;
+  const CacheFormat kind = cache_format(format);
+  const int64_t width = num_kv_heads * head_dim;
+  const GqaAppendArgs args{.q = pointer<float>(q, kName, "q"),
+                           .num_tokens = num_tokens,
+                           .num_heads = num_heads,
+                           .num_kv_heads = num_kv_heads,
+                           .head_dim = head_dim,
+                           .k = pointer<const float>(k, kName, "k"),
+                           .v = pointer<const float>(v, kName, "v"),
+                           .rope = pointer<const float>(rope, kName, "rope"),
+                           .rope_dim = rope_dim,
+                           .max_positions = max_positions,
+                           .halves = halves,
+                           .keys = {pointer<void>(keys, kName, "keys"), kind, num_blocks, width},
+                           .values = {pointer<void>(values, kName, "values"), kind, num_blocks, width},
+                           .positions = pointer<const int32_t>(positions, kName, "positions"),
+                           .slot_mapping = pointer<const int32_t>(slot_mapping, kName, "slot_mapping")};
+  run_operation([&pool, args] { gqa_append(pool, args); });
+}
+
+void bind_gqa_attention(ThreadPool& pool, Address q, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                        int64_t head_dim, Address keys, Address values, const std::string& format, int64_t num_blocks,
+                        int64_t num_sequences, Address positions, Address query_start, Address seq_lens,
+                        Address block_tables, int64_t block_table_stride, float scale, Address out) {
+  constexpr const char* kName = "gqa_attention";
+  check_count(num_tokens, 0, kName, "num_tokens");
+  check_count(num_sequences, 0, kName, "num_sequences");
+  if (num_tokens == 0) return;
+  const CacheFormat kind = cache_format(format);
+  const int64_t width = num_kv_heads * head_dim;
+  const GqaAttentionArgs args{.q = pointer<const float>(q, kName, "q"),
+                              .rows = {.num_tokens = num_tokens,
+                                       .num_heads = num_heads,
+                                       .num_sequences = num_sequences,
+                                       .positions = pointer<const int32_t>(positions, kName, "positions"),
+                                       .query_start = pointer<const int32_t>(query_start, kName, "query_start"),
+                                       .seq_lens = pointer<const int32_t>(seq_lens, kName, "seq_lens"),
+                                       .block_tables = pointer<const int32_t>(block_tables, kName, "block_tables"),
+                                       .block_table_stride = block_table_stride},
+                              .num_kv_heads = num_kv_heads,
+                              .head_dim = head_dim,
+                              .keys = {pointer<void>(keys, kName, "keys"), kind, num_blocks, width},
+                              .values = {pointer<void>(values, kName, "values"), kind, num_blocks, width},
+                              .scale = scale,
+                              .out = pointer<float>(out, kName, "out")};
+  run_operation([&pool, args] { gqa_attention(pool, args); });
 }
 
 void bind_route(ThreadPool& pool, const PackedMatrix& router, Address x, int64_t num_tokens, Address bias,
@@ -189,6 +249,14 @@ void bind_ops(nb::module_& m) {
         "cache"_a, "cache_format"_a, "num_blocks"_a, "latent_dim"_a, "rope_dim"_a, "num_sequences"_a, "positions"_a,
         "query_start"_a, "seq_lens"_a, "block_tables"_a, "block_table_stride"_a, "scale"_a, "out"_a, Unlocked(),
         "Causal attention over the latent cache (attention.h): out is float32 [num_tokens, num_heads, latent_dim].");
+  m.def("gqa_append", &bind_gqa_append, "pool"_a, "q"_a, "num_tokens"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+        "k"_a, "v"_a, "rope"_a, "rope_dim"_a, "max_positions"_a, "halves"_a, "keys"_a, "values"_a, "cache_format"_a,
+        "num_blocks"_a, "positions"_a, "slot_mapping"_a, Unlocked(),
+        "Rotates q in place and k on its way, and stores k and v in the cache (gqa_attention.h).");
+  m.def("gqa_attention", &bind_gqa_attention, "pool"_a, "q"_a, "num_tokens"_a, "num_heads"_a, "num_kv_heads"_a,
+        "head_dim"_a, "keys"_a, "values"_a, "cache_format"_a, "num_blocks"_a, "num_sequences"_a, "positions"_a,
+        "query_start"_a, "seq_lens"_a, "block_tables"_a, "block_table_stride"_a, "scale"_a, "out"_a, Unlocked(),
+        "Causal attention with grouped heads (gqa_attention.h): out is float32 [num_tokens, num_heads, head_dim].");
   m.def("route", &bind_route, "pool"_a, "router"_a, "x"_a, "num_tokens"_a, "bias"_a, "scoring"_a, "num_groups"_a,
         "topk_groups"_a, "k"_a, "norm_topk_prob"_a, "routed_scaling_factor"_a, "topk_ids"_a, "topk_weights"_a,
         Unlocked(), "Chooses k experts for each token; bias (address, 0: none) takes part in the choice alone.");

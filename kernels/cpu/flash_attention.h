@@ -14,6 +14,42 @@ namespace hybrid {
 
 inline constexpr int kKeySplit = 512;
 
+// A plane of a paged cache: [num_blocks][kCacheBlock][width] numbers of its format. kQ8_0: int8 in this layout,
+// and behind it the float16 scales, [num_blocks][kCacheBlock][ceil(width / kScaleBlock)].
+struct CacheRows {
+  void* data;
+  CacheFormat format;
+  int64_t num_blocks;
+  int64_t width;
+
+  int64_t num_slots() const { return num_blocks * kCacheBlock; }
+  int64_t element_bytes() const {
+    return format == CacheFormat::kF32 ? 4 : format == CacheFormat::kQ8_0 ? 1 : 2;
+  }
+  uint8_t* row(int64_t slot) const { return static_cast<uint8_t*>(data) + slot * width * element_bytes(); }
+  // kQ8_0 only.
+  int8_t* codes(int64_t slot) const { return reinterpret_cast<int8_t*>(row(slot)); }
+  uint16_t* scales(int64_t slot) const {
+    return reinterpret_cast<uint16_t*>(row(num_slots())) + slot * ((width + kScaleBlock - 1) / kScaleBlock);
+  }
+
+  // Numbers [first, first + n) of a row in fixed point; of kQ8_0, `first` is a multiple of kScaleBlock.
+  float fix(const OpsTable& ops, int64_t slot, int64_t first, int64_t n, int16_t* words, int64_t panel_stride) const {
+    if (format == CacheFormat::kQ8_0) {
+      return ops.fix_key_q8(codes(slot) + first, scales(slot) + first / kScaleBlock, n, words, panel_stride);
+    }
+    return ops.fix_key(row(slot) + first * element_bytes(), format, n, words, panel_stride);
+  }
+  void store(const OpsTable& ops, int64_t slot, const float* numbers) const {
+    if (format == CacheFormat::kQ8_0) return ops.encode_q8(numbers, width, codes(slot), scales(slot));
+    ops.encode(numbers, width, format, row(slot));
+  }
+  void prefetch(int64_t slot, int64_t first, int64_t n) const {
+    const uint8_t* begin = row(slot) + first * element_bytes();
+    for (int64_t i = 0; i < n * element_bytes(); i += 64) __builtin_prefetch(begin + i, 0, 2);
+  }
+};
+
 // The queries of a step, one row for each of `num_heads` heads of a token, and the keys they see: those of their
 // sequence at positions up to their own.
 struct QueryRows {

@@ -171,10 +171,56 @@ def test_append_and_attention(pair, fmt):
         return torch.cat((out.flatten(), q.flatten()))
 
     found, expected = both(pair, operation)
-    # A number that rounds to another side of a tie moves by a unit of the cache's format; the CPU's fixed point
-    # has 12 bits for the largest number of a key.
+    # A number that rounds to another side of a tie moves by a unit of the cache's format; the CPU's fixed
+    # point has 12 bits for the largest number of a key.
     unit = 2.0**-12 + {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 127}[fmt]
     assert (found - expected).abs().max() <= (TOLERANCE + unit) * expected.abs().max()
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("fmt", KV_FORMATS)
+def test_grouped_append_and_attention(pair, fmt, halves):
+    kv_heads, dim, rope_dim = 2, 64, 48
+    angles = torch.arange(80.0)[:, None] * torch.logspace(0, -3, rope_dim // 2)
+    rope = torch.stack((angles.cos(), angles.sin()), -1).contiguous()
+    positions, slots = [*range(70), 0, 1, 2], [*range(192, 256), *range(64, 70), 0, 1, 2]
+    tensors = [positions, slots, [0, 70, 73], [70, 3], [[3, 1], [0, -1]]]
+    batch = AttentionBatch(*(torch.tensor(values, dtype=torch.int32) for values in tensors))
+
+    def operation(s):
+        cache = s.backend.allocate_kv_cache(4, kv_heads, dim, fmt)
+        q, k, v = noise(73, 6, dim), noise(73, kv_heads, dim, seed=1), noise(73, kv_heads, dim, seed=2)
+        s.backend.gqa_append(q, k, v, rope, cache, batch, halves=halves)
+        out = s.backend.gqa_attention(q, cache, batch, dim**-0.5)
+        return torch.cat((out.flatten(), q.flatten()))
+
+    found, expected = both(pair, operation)
+    unit = 2.0**-12 + {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 127}[fmt]
+    assert (found - expected).abs().max() <= (TOLERANCE + unit) * expected.abs().max()
+
+
+@pytest.mark.parametrize("fmt", KV_FORMATS)
+def test_copied_blocks_hold_the_same(pair, fmt):
+    kv_norm, rope = "kv_norm", torch.ones(64, ROPE // 2, 2)
+
+    def step(block):
+        slots = torch.arange(block * BLOCK_SIZE, block * BLOCK_SIZE + 50, dtype=torch.int32)
+        tensors = [list(range(50)), slots.tolist(), [0, 50], [50], [[block]]]
+        return AttentionBatch(*(torch.tensor(values, dtype=torch.int32) for values in tensors))
+
+    for s in pair:
+        latents = s.backend.allocate_latent_cache(3, LATENT, ROPE, fmt)
+        grouped = s.backend.allocate_kv_cache(3, 1, LATENT, fmt)
+        q, kv, q_latent = noise(50, 1, ROPE), noise(50, LATENT + ROPE, seed=1), noise(50, 1, LATENT, seed=2)
+        s.backend.mla_append(q, kv, s.vector(kv_norm), 1e-6, rope, latents, step(0))
+        k = noise(50, 1, LATENT, seed=3)
+        s.backend.gqa_append(q_latent, k, k, rope, grouped, step(0), halves=False)
+        for cache in (latents, grouped):
+            s.backend.copy_cache_blocks(cache, [(0, 2)])
+        found = [s.backend.mla_attention(q, q_latent, latents, step(block), 0.1) for block in (0, 2)]
+        assert torch.equal(*found)
+        found = [s.backend.gqa_attention(q_latent, grouped, step(block), 0.1) for block in (0, 2)]
+        assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hybrid.kernels import bench, cpu
+from hybrid.kernels import bench, bench_attention, cpu
 
 from hybrid.cli.main import main
 from hybrid.gguf import GGMLType, random_blocks
@@ -21,13 +21,20 @@ def short(monkeypatch):
     monkeypatch.setattr(bench, "_REGION", 32 << 20)
     monkeypatch.setattr(bench, "_BYTES", 1 << 18)
     monkeypatch.setattr(bench, "_CACHED_BYTES", 1 << 14)
+    monkeypatch.setattr(bench_attention, "_CASES", ((1, 130), (3, 130)))
+    monkeypatch.setattr(bench_attention, "_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("isa", cpu.supported_isas())
 def test_every_row_passes_its_check(capsys, isa):
     assert main(["bench-kernels", "--isa", isa, "-t", "2", "-o", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    results = printed["results"]
+    results, attention = printed["results"][:-2], printed["results"][-2:]
+    assert [(r["name"], r["num_tokens"]) for r in attention] == [
+        ("mla_attention_d129", 1),
+        ("mla_attention_d127", 3),
+    ]
+    assert all(0 < r["error"] < 2e-3 and r["limit_fraction"] > 0 for r in attention)
     names = {cpu.kernel_name(row["ggml_type"], isa) for row in cpu.kernel_rows()}
     rows = [row["name"] for row in cpu.kernel_rows() if row["name"] in names]
     assert [r["name"] for r in results] == [name for name in rows for _ in bench.TOKENS]
@@ -46,6 +53,19 @@ def test_formats_can_be_chosen(capsys):
     assert "RAM is read at" in out
     assert out.count("dot_Q8_0") == out.count("dot_Q4_K") == len(bench.TOKENS)
     assert "dot_Q6_K" not in out
+
+
+def test_attention_can_be_chosen_alone(capsys):
+    assert main(["bench-kernels", "attention", "-t", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("mla_attention") == 2
+    assert "dot_" not in out
+
+
+def test_wrong_attention_gets_no_figures(monkeypatch):
+    monkeypatch.setattr(bench_attention, "_ERROR", 1e-9)
+    with pytest.raises(bench.KernelError, match="mla_attention with 1 tokens is wrong"):
+        list(bench_attention.bench_attention(cpu.ThreadPool(1), bench.Limits(1.0, 1.0)))
 
 
 def test_an_unknown_format_is_refused(capsys):

@@ -167,7 +167,9 @@ class World:
         keys = s.rows[: s.length - s.new + i + 1].astype(np.float64)
         parts = [(s.q_latent[i], keys[:, :latent]), (s.q[i, :, self.shape.nope :], keys[:, latent:])]
         scores = sum(q.astype(np.float64) @ k.T for q, k in parts) * self.scale
-        score_error = sum(score_errors(q.astype(np.float64), k, self.shape.fmt) for q, k in parts) * self.scale
+        score_error = (
+            sum(score_errors(q.astype(np.float64), k, self.shape.fmt) for q, k in parts) * self.scale
+        )
         return attend(scores, score_error, parts[0][1], self.shape.fmt)
 
 
