@@ -44,6 +44,10 @@ class CausalLM(Protocol):
     def expert_count(self) -> ExpertCount:
         """Experts chosen and run by now; zeros where none is ever dropped."""
 
+    @property
+    def expert_cpu_seconds(self) -> float | None:
+        """Time that routed experts took on the CPU; ``None`` where it is not measured. Any thread may ask."""
+
     def close(self) -> None:
         """Free everything."""
 
