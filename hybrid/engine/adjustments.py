@@ -25,7 +25,7 @@ class TokenCounts:
                 self._counts = torch.cat([self._counts, torch.zeros_like(self._counts)])
             self._ids[place] = token_id
             self._counts[place] += 1
-        self._num_counted = len(token_ids) - start
+        self._num_counted = max(self._num_counted, len(token_ids) - start)
 
     @property
     def ids(self) -> torch.Tensor:
