@@ -6,13 +6,12 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from tqdm import tqdm
 
 from hybrid.chat import ChatTemplate
-from hybrid.config import KVFormat
-from hybrid.engine.load import LoadOptions, load
+from hybrid.engine.load import LoadOptions, ModelOptions, load, shows_model_options
 from hybrid.engine.prompts import ParsedPrompt, Prompt, parse_prompt
 from hybrid.engine.requests import Requests, TokenStream
 from hybrid.engine.stats import EngineStats
@@ -68,34 +67,17 @@ class LLM:
         OSError: the file cannot be read.
     """
 
+    @shows_model_options
     def __init__(
         self,
         model: str | Path | None = None,
         rules: Rules = "auto",
         max_model_len: int | None = None,
         *,
-        num_threads: int | None = None,
-        isa: str | None = None,
-        kv_format: KVFormat | None = None,
-        seed: int = 0,
-        max_num_seqs: int = 1,
-        max_num_batched_tokens: int = 512,
         progress: Callable[[int, int], None] | None = None,
-        ram_bytes: int | None = None,
-        fit: bool = False,
-        experts_per_token: int | None = None,
-        expert_threshold: float | None = None,
-        kv_cache_tokens: int | None = None,
-        numa: str = "auto",
-        packed_cache: str | Path | None = None,
-        cuda_graph: bool = True,
+        **options: Unpack[ModelOptions],
     ) -> None:
-        options = LoadOptions(
-            rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
-            ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            packed_cache, cuda_graph,
-        )  # fmt: skip
-        self._loaded = load(model, options, progress)
+        self._loaded = load(model, LoadOptions(rules, max_model_len, **options), progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)
 
     @property

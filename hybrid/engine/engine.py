@@ -163,6 +163,7 @@ class Engine:
             num_requests_waiting=num_requests_waiting,
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             kv_cache_tokens=pool.num_blocks * BLOCK_SIZE,
+            expert_cpu_seconds_total=self.model.expert_cpu_seconds,
             **vars(self.scheduler.counters),
         )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from hybrid import env
 from hybrid.backends.isa import select_isa
@@ -31,6 +32,25 @@ from hybrid.placement.settings import context_of, kv_format_of
 from hybrid.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
+
+
+class ModelOptions(TypedDict, total=False):
+    """Keywords of `LLM` and `AsyncLLM`, with the defaults of `LoadOptions`; `LLM` documents them."""
+
+    num_threads: int | None
+    isa: str | None
+    kv_format: KVFormat | None
+    seed: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    ram_bytes: int | None
+    fit: bool
+    experts_per_token: int | None
+    expert_threshold: float | None
+    kv_cache_tokens: int | None
+    numa: str
+    packed_cache: str | Path | None
+    cuda_graph: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,25 @@ class LoadOptions:
             raise ConfigError(f"cuda_graph: expected True or False, found {self.cuda_graph!r}")
         ExpertUse(self.experts_per_token, self.expert_threshold)
         check_mode(self.numa, "numa")
+
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def shows_model_options(init: Init) -> Init:
+    """Let the signature of an ``__init__`` with ``**options: Unpack[ModelOptions]`` list them one by one."""
+    own = inspect.signature(init)
+    given = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in given}
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(LoadOptions)
+        if f.name not in names
+    ]
+    first = [p for p in given if p.kind is not p.KEYWORD_ONLY]
+    rest = [p for p in given if p.kind is p.KEYWORD_ONLY]
+    init.__signature__ = own.replace(parameters=[*first, *options, *rest])  # type: ignore[attr-defined]
+    return init
 
 
 @dataclass(frozen=True)

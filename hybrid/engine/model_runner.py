@@ -52,6 +52,10 @@ class CausalLM(Protocol):
     def usage(self) -> Usage:
         """What was counted."""
 
+    @property
+    def expert_cpu_seconds(self) -> float | None:
+        """Time that routed experts took on the CPU; ``None`` where it is not measured. Any thread may ask."""
+
     def close(self) -> None:
         """Free everything."""
 

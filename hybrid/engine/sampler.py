@@ -7,10 +7,10 @@ any batch. The filters are those of vLLM, in its order.
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import torch
 
+from hybrid.engine.adjustments import adjustments_of
 from hybrid.engine.logprobs import token_logprobs
 from hybrid.engine.sequence import FailedSample, SampledToken, Sequence
 from hybrid.errors import ModelError, RequestError
@@ -62,21 +62,19 @@ def adjust_logits(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     Raises:
         RequestError: the sequence's constraint leaves nothing to choose.
     """
-    params = sequence.params
+    params, kept = sequence.params, adjustments_of(sequence)
     result = _constrained(logits, sequence)
-    if params.allowed_token_ids is not None:
-        allowed = torch.tensor(params.allowed_token_ids)
-        result = torch.full_like(logits, -math.inf).index_copy(0, allowed, result[allowed])
+    if kept.allowed is not None:
+        result = torch.full_like(logits, -math.inf).index_copy(0, kept.allowed, result[kept.allowed])
     if sequence.constraint is not None and result.max() == -math.inf:
         raise RequestError("the grammar allows no token here", field="structured_outputs")
-    if sequence.num_output_tokens < params.min_tokens and sequence.stopping_token_ids:
-        going_on = result.index_fill(0, torch.tensor(sorted(sequence.stopping_token_ids)), -math.inf)
+    if sequence.num_output_tokens < params.min_tokens and len(kept.ends):
+        going_on = result.index_fill(0, kept.ends, -math.inf)
         # A text that its grammar has completed ends before min_tokens.
         if sequence.constraint is None or going_on.max() > -math.inf:
             result = going_on
-    if params.logit_bias:
-        ids, values = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
-        result = result.index_add(0, ids, values.to(result.dtype))
+    if kept.bias is not None:
+        result = result.index_add(0, *kept.bias)
     return _apply_penalties(result, sequence)
 
 
@@ -86,19 +84,18 @@ def _constrained(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 
 
 def _apply_penalties(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    params = sequence.params
+    params, kept = sequence.params, adjustments_of(sequence)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)))
-        values = logits[seen]
+        kept.seen.update(sequence.token_ids)
+        values = logits[kept.seen.ids]
         penalised = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
-        logits = logits.index_copy(0, seen, penalised)
+        logits = logits.index_copy(0, kept.seen.ids, penalised)
     if (params.presence_penalty or params.frequency_penalty) and sequence.num_output_tokens:
-        written = Counter(sequence.output_token_ids)
-        counts = torch.tensor(list(written.values()), dtype=logits.dtype)
-        penalty = params.frequency_penalty * counts + params.presence_penalty
-        logits = logits.index_add(0, torch.tensor(list(written)), -penalty)
+        kept.written.update(sequence.token_ids, sequence.num_prompt_tokens)
+        penalty = params.frequency_penalty * kept.written.counts + params.presence_penalty
+        logits = logits.index_add(0, kept.written.ids, -penalty)
     return logits
 
 

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,6 +103,7 @@ class Sequence:
         self.generator = torch.Generator()
         self.prompt_logprobs = prompt_logprobs
         self.constraint = constraint
+        self.adjustments: Any = None  # see `hybrid.engine.adjustments`
         self.siblings: list[Sequence] = []
         self.arrival: tuple[int, int] = (0, index)
         self.block_table: list[int] = []

@@ -176,6 +176,18 @@ class Model:
             self._hybrid.close()
             self._hybrid = None
 
+    @property
+    def expert_cpu_seconds(self) -> float | None:
+        """Time that routed experts took on the CPU; ``None`` where there are no threads for them."""
+        pool = getattr(self._backends.get("cpu"), "pool", None)
+        return None if pool is None else float(pool.moe_s)
+
+    @property
+    def experts_read(self) -> int:
+        """Experts whose weights the CPU has read, each once a layer and step."""
+        pool = getattr(self._backends.get("cpu"), "pool", None)
+        return 0 if pool is None else int(pool.moe_experts)
+
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""
         self._end_decoding()

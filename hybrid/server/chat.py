@@ -14,10 +14,12 @@ from hybrid.server.json_response import to_json
 from hybrid.server.logprobs import chat_logprobs
 from hybrid.server.parsers import OutputParser, ParsedDelta, ToolCallDelta, opens_thinking, parser_for
 from hybrid.server.parsers.format import THINK_END
+from hybrid.server.parsers.table import format_of
 from hybrid.server.protocol import MAX_TOP_LOGPROBS, ChatBody
 from hybrid.server.record import Record
 from hybrid.server.respond import Answer
 from hybrid.server.sampling import num_choices, sampling_params
+from hybrid.server.tool_grammar import tool_grammar
 
 _PROMPT_END_TOKENS = 16  # enough to see whether the template has opened a reasoning block
 
@@ -32,7 +34,7 @@ class ChatAnswer(Answer):
         self.record = Record(context.new_id(id_prefix))
         self.stream, self.wants_progress = body.stream, body.return_progress
         self._top_logprobs = _top_logprobs(body)
-        self._tools = checked_tools(body.tools, body.tool_choice)
+        self._tools = checked_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
         self._options = checked_options(body.chat_template_kwargs, body.reasoning_effort)
         if body.chat_template is not None:
             refuse("chat_template: requests cannot bring a template of their own", "chat_template")
@@ -55,7 +57,7 @@ class ChatAnswer(Answer):
     def jobs(self) -> list[Job]:
         body = self._body
         ids = encode_chat(
-            self._engine, body.messages, tools=self._tools, options=self._options,
+            self._engine, body.messages, tools=self._tools.offered, options=self._options,
             add_generation_prompt=body.add_generation_prompt,
         )  # fmt: skip
         thinks = opens_thinking(self._engine.tokenizer.decode(ids[-_PROMPT_END_TOKENS:]))
@@ -65,6 +67,7 @@ class ChatAnswer(Answer):
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=self._top_logprobs,
             response_format=body.response_format,
+            tool_grammar=self._tool_grammar(),
             after=THINK_END if thinks else None,
             keep_special_tokens=self._choices[0].has_parser,
         )
@@ -107,13 +110,31 @@ class ChatAnswer(Answer):
     def prompt_text(self) -> str:
         return to_json(self._body.messages)
 
+    def _tool_grammar(self) -> str | None:
+        """The grammar that forces a call or keeps to one; ``None`` where nothing is asked.
+
+        Raises:
+            ApiError: the model has no format of calls, or a response format is asked for too.
+        """
+        if not self._tools.needs_grammar:
+            return None
+        param = "tool_choice" if self._tools.forced else "parallel_tool_calls"
+        row = format_of(self._card.chat_template_text, self._card.architecture)
+        if row is None:
+            refuse(f"{param}: how this model writes tool calls is not known", param, "unsupported")
+        tools = self._tools.forced or self._tools.offered or ()
+        return tool_grammar(
+            row.name, tools, self._engine.tokenizer,
+            required=bool(self._tools.forced), several=self._tools.several,
+        )  # fmt: skip
+
     def _parser(self, thinks: bool) -> OutputParser | None:
         return parser_for(
             self._card.chat_template_text,
             self._card.architecture,
-            tools=self._tools is not None,
+            tools=self._tools.offered is not None,
             thinking_open=thinks,
-            tool_definitions=self._tools or (),
+            tool_definitions=self._tools.offered or (),
         )
 
     def _chunks(self, completion: CompletionOutput, is_last: bool) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hybrid.server.engine_api import AsyncEngine
@@ -23,25 +24,59 @@ TEMPLATE_OPTIONS = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request, and what their calls must be.
+
+    Attributes:
+        offered: what the model is told of; ``None`` if nothing.
+        forced: the tools of which one must be called; empty: none must.
+        several: whether calls may follow one another.
+    """
+
+    offered: list[dict[str, Any]] | None
+    forced: list[dict[str, Any]]
+    several: bool = True
+
+    @property
+    def needs_grammar(self) -> bool:
+        return bool(self.forced) or (self.offered is not None and not self.several)
+
+
 def checked_tools(
-    tools: list[dict[str, Any]] | None, tool_choice: str | dict[str, Any] | None
-) -> list[dict[str, Any]] | None:
-    """The tools that the model is to be told of; ``None`` if none.
+    tools: list[dict[str, Any]] | None,
+    tool_choice: str | dict[str, Any] | None,
+    parallel: bool | None = None,
+) -> ToolUse:
+    """What a request says of tools.
 
     Raises:
-        ApiError: a tool is malformed, or the choice is one that cannot be enforced.
+        ApiError: a tool is malformed, or the choice is none of theirs.
     """
     for index, tool in enumerate(tools or ()):
         _check_tool(tool, f"tools[{index}]")
-    if tool_choice not in (None, "auto", "none"):
-        if not tools:
-            refuse("tool_choice: there are no tools", "tool_choice")
-        refuse(
-            "tool_choice: expected auto or none; a call cannot be forced by this build",
-            "tool_choice",
-            "unsupported",
-        )
-    return None if tool_choice == "none" or not tools else tools
+    if tool_choice in (None, "auto", "none"):
+        return ToolUse(None if tool_choice == "none" or not tools else tools, [], parallel is not False)
+    if not tools:
+        refuse("tool_choice: there are no tools", "tool_choice")
+    if tool_choice == "required":
+        return ToolUse(tools, tools, parallel is not False)
+    name = _chosen_name(tool_choice)
+    forced = [tool for tool in tools if tool["function"]["name"] == name]
+    if name is None or not forced:
+        names = ", ".join(tool["function"]["name"] for tool in tools[:8])
+        expected = f'expected "auto", "none", "required" or one of the tools ({names})'
+        refuse(f"tool_choice: {expected}, found {str(tool_choice)[:80]}", "tool_choice")
+    return ToolUse(tools, forced[:1], several=False)
+
+
+def _chosen_name(choice: str | dict[str, Any] | None) -> str | None:
+    """The name in ``{"type": "function", "function": {"name": NAME}}``; Responses have it one level up."""
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        return None
+    function = choice.get("function", choice)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_tool(tool: Mapping[str, Any], where: str) -> None:

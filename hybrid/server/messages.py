@@ -113,6 +113,7 @@ def to_chat(body: MessagesBody) -> ChatBody:
         stop=body.stop_sequences,
         tools=[_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())] or None,
         tool_choice=_tool_choice(body.tool_choice),
+        parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use", False),
         chat_template_kwargs=thinking or None,
     )
 
@@ -180,11 +181,15 @@ def _tool(tool: JsonObject, where: str) -> JsonObject:
     return {"type": "function", "function": function}
 
 
-def _tool_choice(choice: JsonObject | None) -> str | None:
+def _tool_choice(choice: JsonObject | None) -> str | JsonObject | None:
     if choice is None:
         return None
     kind = choice.get("type")
-    return {"auto": "auto", "none": "none"}.get(str(kind), "required")
+    if kind == "tool":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if kind not in ("auto", "none", "any"):
+        refuse("tool_choice.type: expected auto, any, tool or none", "tool_choice")
+    return "required" if kind == "any" else str(kind)
 
 
 def _event(name: str, **fields: Any) -> bytes:

@@ -147,6 +147,7 @@ class ResponsesBody(Body):
     text: JsonObject | None = None
     tools: list[JsonObject] | None = None
     tool_choice: str | JsonObject | None = None
+    parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     previous_response_id: str | None = None
     background: bool | None = None

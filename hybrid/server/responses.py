@@ -122,7 +122,7 @@ class ResponsesAnswer(Answer):
             "max_output_tokens": body.max_output_tokens,
             "metadata": {},
             "model": self._chat.model_name,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
@@ -174,6 +174,7 @@ def to_chat(body: ResponsesBody) -> ChatBody:
         top_p=body.top_p,
         tools=[_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())] or None,
         tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
         response_format=_format(body.text),
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
     )

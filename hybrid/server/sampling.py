@@ -27,12 +27,14 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     response_format: ResponseFormat | None = None,
+    tool_grammar: str | None = None,
     after: str | None = None,
     keep_special_tokens: bool = False,
 ) -> SamplingParams:
     """What a request asks for. Checks a schema of any size: not for the event loop.
 
     Args:
+        tool_grammar: of tool calls that are forced.
         after: a form that is asked for holds for what follows this marker.
         keep_special_tokens: whatever the request says, special tokens are part of the text.
 
@@ -61,7 +63,7 @@ def sampling_params(
         allowed_token_ids=body.allowed_token_ids,
         include_stop_str_in_output=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens and not keep_special_tokens,
-        structured_outputs=_structured(body.structured_outputs, response_format, after),
+        structured_outputs=_structured(body.structured_outputs, response_format, tool_grammar, after),
     )
 
 
@@ -77,7 +79,10 @@ def _logit_bias(given: dict[str, float] | None) -> dict[int, float] | None:
 
 
 def _structured(
-    given: dict[str, Any] | None, response_format: ResponseFormat | None, after: str | None
+    given: dict[str, Any] | None,
+    response_format: ResponseFormat | None,
+    tool_grammar: str | None,
+    after: str | None,
 ) -> StructuredOutputs | None:
     """The constraint on the text, or ``None``; never one that is quietly left out."""
     constraint, field = _from_format(response_format), "response_format"
@@ -89,6 +94,10 @@ def _structured(
             refuse(f"{field}: expected one of {', '.join(_WAYS)}, found {list(given)[:8]}", field)
         if given.get("json_object") is False:
             constraint = None
+    if tool_grammar is not None:
+        if constraint is not None:
+            refuse(f"give {field}, or tool calls that are forced or single, not both", field)
+        constraint = {"grammar": tool_grammar}
     if constraint is None:
         return None
     if after is not None:

@@ -124,6 +124,10 @@ NB_MODULE(_cpu, m) {
            "groups"_a = std::vector<int>())
       .def_prop_ro("num_threads", &ThreadPool::num_threads)
       .def_prop_ro("num_groups", &ThreadPool::num_groups)
+      .def_prop_ro("moe_s", [](const ThreadPool& pool) { return static_cast<double>(pool.moe_ns) * 1e-9; },
+                   "Seconds the operation moe has taken.")
+      .def_prop_ro("moe_experts", [](const ThreadPool& pool) { return pool.moe_experts.load(); },
+                   "Experts whose weights it has read, each once a call.")
       .def("split", [](const ThreadPool& pool, int64_t num_units) {
         const UnitRanges ranges = pool.split(num_units);
         return std::vector<int64_t>(ranges.ends, ranges.ends + ranges.count);

@@ -2,6 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <bitset>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 
@@ -194,6 +197,19 @@ void bind_transposed(ThreadPool& pool, const PackedMatrix& matrix, Address x, in
   });
 }
 
+// moe, with its time and the experts it reads counted in the pool.
+void counted_moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+                 const MoeArgs& args) {
+  const auto start = std::chrono::steady_clock::now();
+  moe(pool, gate, up, down, args);
+  pool.moe_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+  std::bitset<4096> seen;  // ids beyond it are counted as one
+  for (int64_t i = 0; i < args.num_tokens * args.k; ++i) {
+    if (args.topk_ids[i] >= 0) seen.set(std::min<size_t>(static_cast<size_t>(args.topk_ids[i]), seen.size() - 1));
+  }
+  pool.moe_experts += static_cast<int64_t>(seen.count());
+}
+
 void bind_moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, Address x,
               int64_t num_tokens, Address topk_ids, Address topk_weights, int64_t k, Address out) {
   constexpr const char* kName = "moe";
@@ -206,7 +222,7 @@ void bind_moe(ThreadPool& pool, const PackedMatrix& gate, const PackedMatrix& up
                      .topk_weights = pointer<const float>(topk_weights, kName, "topk_weights"),
                      .k = k,
                      .out = pointer<float>(out, kName, "out")};
-  run_operation([&pool, &gate, &up, &down, args] { moe(pool, gate, up, down, args); });
+  run_operation([&pool, &gate, &up, &down, args] { counted_moe(pool, gate, up, down, args); });
 }
 
 void bind_add(ThreadPool& pool, Address x, int64_t num_tokens, int64_t dim, Address sums) {

@@ -1,5 +1,6 @@
 // Persistent workers that share an atomic counter of work units.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -33,6 +34,9 @@ class ThreadPool {
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
+
+  // Of all calls of the operation moe: their wall time, and the experts whose weights they read, once a call each.
+  std::atomic<int64_t> moe_ns{0}, moe_experts{0};
 
   int num_threads() const;
   int num_groups() const;

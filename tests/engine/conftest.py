@@ -35,6 +35,7 @@ class MockModel:
         self.trace: list[str] = []  # "layer" of a prompt, "decode"
         self.batches: list[list[int]] = []
         self.closed = False
+        self.expert_cpu_seconds: float | None = None
         self.fail_at: int | None = None
         self.poison = False
         self.seconds, self.layer_seconds, self.num_layers = 0.0, 0.0, 3

@@ -110,6 +110,16 @@ def test_generate_takes_every_kind_of_prompt(make_llm):
     assert llm.generate([], GREEDY) == []
 
 
+def test_unknown_keys_of_prompts_are_refused(make_llm):
+    llm = make_llm()
+    with pytest.raises(RequestError, match="'prompt_token_ids'"):
+        llm.generate({"prompt_tokens_ids": [1]}, GREEDY)
+    with pytest.raises(RequestError, match="multi_modal_data"):
+        llm.generate({"prompt": "a", "multi_modal_data": {}}, GREEDY)
+    with pytest.raises(RequestError, match="one of its keys"):
+        llm.generate({"prompt": "a", "prompt_token_ids": [1]}, GREEDY)
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["", [""], None, 5, [1, 2], [None], {}, {"prompt": None}, {"prompt_token_ids": []},

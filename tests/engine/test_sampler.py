@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid.engine.adjustments import TokenCounts
 from hybrid.engine.sampler import Sampler, adjust_logits, candidates, draw
 from hybrid.engine.sequence import Sequence
 from hybrid.sampling_params import SamplingParams
@@ -154,3 +156,12 @@ def test_a_large_vocabulary_is_not_sorted_for_one_token(monkeypatch):
     candidates(logits, SamplingParams(top_k=40, top_p=0.95))
     candidates(logits, SamplingParams(min_p=0.05))
     assert max(sizes) <= 2048
+
+
+def test_counts_of_a_text_that_grows():
+    counts, generator = TokenCounts(), random.Random(0)
+    tokens = [generator.randrange(300) for _ in range(1000)]
+    for length in (0, 3, 4, 500, 500, 1000):
+        counts.update(tokens[:length], 3)
+        expected = Counter(tokens[3:length])
+        assert dict(zip(counts.ids.tolist(), counts.counts.tolist(), strict=True)) == expected

@@ -128,6 +128,20 @@ def start_server():
 
 
 @pytest.fixture(scope="module")
+def start_engine():
+    """``start(engine)`` serves a real engine, which the server closes in the end, for a module."""
+    servers = []
+
+    def start(engine, **settings):
+        servers.append(RunningServer(engine, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
 def shared_server(start_server):
     """A server of a module that writes "Once upon a time"."""
     return start_server()
