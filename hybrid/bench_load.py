@@ -151,7 +151,7 @@ class _Rounds:
 
     @contextlib.contextmanager
     def _timed(self, what: str, files: Sequence[Path], of: str) -> Iterator[LoadRow]:
-        if self._backed and of:
+        if self._backed and of == "read":  # what is mapped needs no such memory
             self._announce(f"{self.title}: taking memory and giving it back")
             _touch(sum(path.stat().st_size for path in files))
         self._announce(f"{self.title}: {what}")
