@@ -193,7 +193,9 @@ class Planner:
     def _draft(self, size: RunSize, numa: str, reason: str) -> Plan:
         placements = self._placer.place(size, numa)
         budgets = [(device.name, device.budget_bytes) for device in self.machine.devices]
-        memory = memory_of(self.model, placements, budgets, size, self.machine.num_threads)
+        memory = memory_of(
+            self.model, placements, budgets, size, self.machine.num_threads, self.machine.num_nodes
+        )
         if self.rule_set is not None:
             require_cache_device(self.rule_set, self.model, placements)
             memory = with_expert_cache(memory, self.model, self.rule_set)
