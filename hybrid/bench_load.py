@@ -38,13 +38,16 @@ _CONTEXT = 64  # the cache and the working memory are not what is measured
 
 @dataclass
 class LoadRow:
-    """What was timed, and in each round: seconds, processor seconds of the system and of the program, those
-    the host of a virtual machine took from all its processors, and the most memory held beyond what was held before and, of a load, beyond what it held in the end.
+    """What was timed, with a figure of each round.
 
     Attributes:
         what: as printed.
         n_bytes: bytes read from the disk, or from the page cache.
         of: what the ratio is to, by its ``what``; empty where it is a base itself.
+        system_s, user_s: processor seconds of this process, in the system and in the program.
+        stolen_s: those of all processors that a virtual machine's host gave to others.
+        peak_bytes: the most memory held, beyond what was held before; of a load, beyond what it holds.
+        notes: the pages a load ended with.
     """
 
     what: str
@@ -148,7 +151,7 @@ class _Rounds:
 
     @contextlib.contextmanager
     def _timed(self, what: str, files: Sequence[Path], of: str) -> Iterator[LoadRow]:
-        if self._backed and of:
+        if self._backed and of == "read":  # what is mapped needs no such memory
             self._announce(f"{self.title}: taking memory and giving it back")
             _touch(sum(path.stat().st_size for path in files))
         self._announce(f"{self.title}: {what}")

@@ -7,7 +7,6 @@ contiguous, which the layers guarantee; results are made like their input, whate
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch
 from hybrid.backends.base import Recording, RouterConfig
 from hybrid.backends.cpu_attention import CpuAttention
 from hybrid.backends.locality import Locality, locality_of
+from hybrid.backends.mapped_file import MappedFile
 from hybrid.backends.packed_cache import PackedFile, PackedWriter, entry_key, packed_bytes
 from hybrid.backends.source import TensorSource
 from hybrid.calibration import workers_of
@@ -82,8 +82,8 @@ class CpuBackend(CpuAttention):
         self.locality: Locality | None = None
         self._reader: ReadAhead | None = None
         self._cache: PackedFile | None = None
-        self._mapped: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None = None
-        self._mapped_address = 0
+        self._mapped: MappedFile | None = None
+        self._num_mapped = 0  # matrices taken from it
         self.recorded: list[torch.Tensor] | None = None  # results of the operations being recorded
 
     def can_multiply(self, type_: GGMLType) -> bool:
@@ -100,8 +100,11 @@ class CpuBackend(CpuAttention):
         found = layout(source.numa, source.side, shape, self.nodes)
         entry = None if self._cache is None else self._cache.entries.get(entry_key(source))
         if entry is not None and not found.nodes:
+            assert self._mapped is not None
+            self._mapped.wait(self._num_mapped)
+            self._num_mapped += 1
             source.on_read(source.n_bytes)
-            return cpu.PackedMatrix.over(int(source.type), *shape, self._mapped_address + entry[0])
+            return cpu.PackedMatrix.over(int(source.type), *shape, self._mapped.address + entry[0])
         matrix = cpu.PackedMatrix(
             int(source.type), *shape, found.division, list(found.nodes), list(found.cuts)
         )
@@ -147,6 +150,15 @@ class CpuBackend(CpuAttention):
 
     def prepare(self, file: GGUFFile, sources: Sequence[TensorSource]) -> None:
         self._reader = ReadAhead(list(self._requests(file, sources)))
+        if self._mapped is not None and self._cache is not None:
+            entries = self._cache.entries
+            self._mapped.read_ahead([entries[entry_key(s)] for s in sources if self._is_mapped(s)])
+
+    def _is_mapped(self, source: TensorSource) -> bool:
+        """Whether a matrix is used where the cache is mapped."""
+        shape = len(source.matrices), source.num_rows, source.cols
+        there = self._cache is not None and entry_key(source) in self._cache.entries
+        return there and not layout(source.numa, source.side, shape, self.nodes).nodes
 
     def _requests(self, file: GGUFFile, sources: Sequence[TensorSource]) -> Iterator[Request]:
         """What `load_matrix` will ask the reader for."""
@@ -163,14 +175,11 @@ class CpuBackend(CpuAttention):
     def use_cache(self, cache: PackedFile) -> None:
         """Takes weights from a cache of their model file; it is closed when loading is over.
 
-        What is not for certain nodes is used where it is mapped, in pages of 4 KiB: the file must not be
-        changed while the model is in use.
+        What is not for certain nodes is used where it is mapped: the file must not be changed while the
+        model is in use.
         """
         self._cache = cache
-        mapping = mmap.mmap(cache.fd, 0, access=mmap.ACCESS_READ)
-        mapping.madvise(mmap.MADV_WILLNEED)
-        self._mapped = np.frombuffer(mapping, dtype=np.uint8)
-        self._mapped_address = self._mapped.ctypes.data
+        self._mapped = MappedFile(cache.path, cache.fd)
 
     def write_cache(self, file: GGUFFile, sources: Sequence[TensorSource], path: Path) -> None:
         """Packs matrices one after another into a cache file.
@@ -213,6 +222,8 @@ class CpuBackend(CpuAttention):
         if self._reader is not None:
             self._reader.close()
         self._reader = None
+        if self._mapped is not None:
+            self._mapped.stop()
 
     def close(self) -> None:
         self._end_reading()

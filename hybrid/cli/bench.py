@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.flag(group, "--isa")
     arguments.add_rules(group)
     arguments.flag(group, "--numa", default="auto")
+    arguments.flag(group, "--packed-cache")
     arguments.add_experts(group)
 
 
@@ -61,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         experts_per_token=args.experts_per_token,
         expert_threshold=args.expert_threshold,
         numa=args.numa,
+        packed_cache=args.packed_cache,
     )
+    arguments.end_on_bus_error(args)
     with status_line() as announce:
 
         def progress(done: int, total: int) -> None:

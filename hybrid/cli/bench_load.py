@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hybrid.bench_load import LoadRow
 
 HELP = "measure loading beside plainly reading the file"
+_WIDTHS = (-23, 10, 23, 5, 7, 8, 6, 8, 13, -16)  # of the table's columns; negative: text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +57,27 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_table(rows: list[LoadRow]) -> None:
     base = {row.what: row for row in rows}
-    print(
-        "| what                    |       size | seconds, median (least to most) |  GB/s |  of read | system s | user s | stolen s | peak over end | pages |"
-    )
-    print(
-        "| ----------------------- | ---------: | ------------------------------: | ----: | -------: | -------: | -----: | -------: | ------------: | ----- |"
-    )
+    _print_row(
+        "what", "size", "seconds (least to most)", "GB/s", "of read", "system s", "user s", "stolen s",
+        "peak over end", "pages",
+    )  # fmt: skip
+    print("|" + "|".join(f" {'-' * (abs(width) - 1)}{'-' if width < 0 else ':'} " for width in _WIDTHS) + "|")
     for row in rows:
-        share = f"{row.rate / base[row.of].rate:.0%}" if row.of else ""
-        seconds = f"{row.median_s:.2f} ({min(row.seconds):.2f} to {max(row.seconds):.2f})"
-        peak = format_bytes(max(row.peak_bytes)) if row.notes else ""
-        print(
-            f"| {row.what:<23} | {format_bytes(row.n_bytes):>10} | {seconds:>31} | {row.rate / 1e9:>5.2f} "
-            f"| {share:>8} | {max(row.system_s):>8.1f} | {max(row.user_s):>6.1f} | {max(row.stolen_s):>8.1f} | {peak:>13} "
-            f"| {row.notes[-1] if row.notes else ''} |"
+        _print_row(
+            row.what,
+            format_bytes(row.n_bytes),
+            f"{row.median_s:.2f} ({min(row.seconds):.2f} to {max(row.seconds):.2f})",
+            f"{row.rate / 1e9:.2f}",
+            f"{row.rate / base[row.of].rate:.0%}" if row.of else "",
+            *(f"{max(samples):.1f}" for samples in (row.system_s, row.user_s, row.stolen_s)),
+            format_bytes(max(row.peak_bytes)) if row.notes else "",
+            row.notes[-1] if row.notes else "",
         )
+
+
+def _print_row(*cells: str) -> None:
+    padded = (
+        cell.ljust(-width) if width < 0 else cell.rjust(width)
+        for cell, width in zip(cells, _WIDTHS, strict=True)
+    )
+    print(f"| {' | '.join(padded)} |")

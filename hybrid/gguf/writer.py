@@ -184,6 +184,7 @@ class GGUFWriter:
                 self._fail("tensor was never written", tensor=self._next[1].name)
             with self._disk():
                 for file in self._files.values():
+                    os.fsync(file.fileno())  # a crash after the rename must not leave an empty file
                     file.close()
                 for hidden, path in zip(self._hidden, self.paths, strict=True):
                     hidden.replace(path)

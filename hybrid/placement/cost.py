@@ -18,14 +18,14 @@ from hybrid.gguf import GGMLType
 from hybrid.placement.capabilities import cache_row_bytes, kind_of
 from hybrid.placement.machine import DEFAULT_RAM_BANDWIDTH, DEFAULT_VRAM_BANDWIDTH, Machine
 from hybrid.placement.memory import Divisible, Model, Placed, RunSize, Tensor, cache_devices
+from hybrid.placement.numa import REMOTE_EFFICIENCY
 
 if TYPE_CHECKING:
     from hybrid.placement.plan import Plan
 
 # Share of the RAM read bandwidth that products with one token reach, as measured on Zen 4 with AVX-512 for
-# formats whose unpacking is not the limit (Q4_K, Q8_0); remote reads of two nodes without copies halve it.
+# formats whose unpacking is not the limit (Q4_K, Q8_0).
 RAM_EFFICIENCY = 0.85
-REMOTE_EFFICIENCY = 0.5
 # Multiply-adds per second and thread of prompt products, measured on the same with 128 tokens at once;
 # avxvnni and amx have not run, and count as avx2 and avx512vbmi.
 INT8_MACS_PER_THREAD = {

@@ -13,6 +13,7 @@ from hybrid.placement import scratch
 from hybrid.placement.active import ActiveShares
 from hybrid.placement.capabilities import cache_row_bytes, kind_of, matrix_bytes, vector_bytes
 from hybrid.placement.dimensions import Dimensions, read_dimensions
+from hybrid.placement.numa import FEED_FORWARD
 from hybrid.placement.roles import layer_of, role_of
 
 _MIB = 1 << 20
@@ -179,6 +180,8 @@ class Placed(Protocol):
     def format(self) -> str | None: ...
     @property
     def experts(self) -> tuple[int, ...] | None: ...
+    @property
+    def numa(self) -> str: ...
 
 
 class Divisible(Placed, Protocol):
@@ -194,8 +197,11 @@ def memory_of(
     devices: Sequence[tuple[str, int | None]],
     size: RunSize,
     num_threads: int,
+    num_nodes: int = 1,
 ) -> dict[str, DeviceMemory]:
-    """Bytes on each device, given (name, budget) of them; those in use come first in the order given."""
+    """Bytes on each device, given (name, budget) of them; those in use come first in the order given.
+
+    ``num_nodes``: NUMA nodes with workers, into as many slices feed-forward blocks are cut by `shard`."""
     weights: dict[str, int] = {}
     caches: dict[str, int] = {}
     for placement in placed.values():
@@ -208,6 +214,8 @@ def memory_of(
     names = [*budgets, *(name for name in weights if name not in budgets)]
     hybrid = "cpu" in weights and any(kind_of(name) == "cuda" for name in weights)
     roles: dict[str, set[str]] = {}
+    cut = {part.numa for t in model.tensors if t.role in FEED_FORWARD for part in placed[t.name].parts}
+    num_slices = num_nodes if "shard" in cut else 1
     for tensor in model.tensors:
         for part in placed[tensor.name].parts if tensor.share else ():
             roles.setdefault(part.device, set()).add(tensor.role)
@@ -217,7 +225,7 @@ def memory_of(
             budgets.get(name),
             weights.get(name, 0),
             caches.get(name, 0),
-            scratch_parts(model, kind_of(name), size, num_threads, roles[name], hybrid)
+            scratch_parts(model, kind_of(name), size, num_threads, roles[name], hybrid, num_slices)
             if name in roles
             else {},
         )
@@ -236,13 +244,19 @@ def cache_devices(model: Model, placed: Mapping[str, Placed]) -> dict[int, str]:
 
 
 def scratch_parts(
-    model: Model, kind: str, size: RunSize, num_threads: int, roles: Collection[str], hybrid: bool
+    model: Model,
+    kind: str,
+    size: RunSize,
+    num_threads: int,
+    roles: Collection[str],
+    hybrid: bool,
+    num_slices: int = 1,
 ) -> dict[str, int]:
     """Working memory of a device that holds tensors of these roles: activations, tables, kernels, staging,
     context. ``hybrid``: experts of long prompts travel from RAM to a GPU."""
     dims = model.dims
     logits = size.max_num_seqs if "output" in roles or "embedding" in roles else 0
-    step = scratch.Step(size.max_num_batched_tokens, size.max_model_len, logits, num_threads)
+    step = scratch.Step(size.max_num_batched_tokens, size.max_model_len, logits, num_threads, num_slices)
     attends = "attention" in roles
     parts = {"activations": scratch.activation_bytes(dims, step, attends)}
     if attends:

@@ -3,7 +3,8 @@
 Modes: ``replicate`` keeps a copy on each node. ``shard`` keeps one in all: each node has a slice of the
 intermediate dimension of feed-forward blocks, some heads of attention, some rows of other matrices.
 ``interleave`` alternates pages between nodes, ``node:N`` keeps all on one, ``none`` leaves pages where they
-are first written. ``auto`` takes the first of replicate, shard, interleave and none that there is room for.
+are first written. ``auto`` takes the first of replicate, shard, interleave and none that there is room for:
+they are in the order of `bandwidth_share`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hybrid.errors import ConfigError
 MODES = ("auto", "none", "replicate", "shard", "interleave", "node:N")
 BLOCK_COLS = 256  # what a slice of the intermediate dimension has whole numbers of, but for the last
 GROUP_ROWS = 16
+REMOTE_EFFICIENCY = 0.5  # of reads from another node
 FEED_FORWARD = ("routed_experts", "shared_experts", "dense_ffn")
 _NODE = re.compile(r"node:[0-9]{1,3}")
 
@@ -30,6 +32,19 @@ def check_mode(mode: str, name: str) -> str:
     if mode not in MODES[:-1] and not _NODE.fullmatch(mode):
         raise ConfigError(f"{name}: expected {', '.join(MODES[:-1])} or node:N, found {mode!r}")
     return mode
+
+
+def bandwidth_share(mode: str, num_nodes: int) -> float:
+    """Of the read bandwidth of all nodes together, what weights in a mode are expected to be read at.
+
+    Copies and slices are read from the node itself. Pages that alternate, or lie where any worker wrote
+    them first, are on another node but for one in ``num_nodes``; one node's memory is one node's speed.
+    """
+    if mode in ("replicate", "shard") or num_nodes == 1:
+        return 1.0
+    if node_of(mode) is not None:
+        return 1 / num_nodes
+    return 1 / (1 / num_nodes + (num_nodes - 1) / num_nodes / REMOTE_EFFICIENCY)
 
 
 def node_of(mode: str) -> int | None:

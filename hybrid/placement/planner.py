@@ -12,10 +12,11 @@ from hybrid.gguf import GGUFFile
 from hybrid.placement.auto import CPU
 from hybrid.placement.cache_plan import cache_profile, plan_cache
 from hybrid.placement.cautions import cautions
-from hybrid.placement.cost import predict
+from hybrid.placement.cost import predict, ram_bandwidth
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import DeviceMemory, Model, RunSize, memory_of, read_model
 from hybrid.placement.nodes import crowded_nodes, node_bytes, node_refusal, require_mode
+from hybrid.placement.numa import bandwidth_share
 from hybrid.placement.placing import Placer
 from hybrid.placement.plan import Plan
 from hybrid.placement.refusal import refusal
@@ -159,7 +160,15 @@ class Planner:
                 found = self._draft(size, "interleave", f"{reason}; {error}")
         if crowded_nodes(found):
             found = self._draft(size, "none", f"{reason}, nor half of the pages")
-        return found
+        return replace(found, numa_reason=f"{found.numa_reason}; {self._speeds(found.numa)}")
+
+    def _speeds(self, mode: str) -> str:
+        """What RAM is expected to be read at in a mode, and in one of the other kind."""
+        count, all_nodes = self.machine.num_nodes, ram_bandwidth(self.machine) / 1e9
+        speed = all_nodes * bandwidth_share(mode, count)
+        other = "interleave" if bandwidth_share(mode, count) == 1 else "replicate"
+        against = all_nodes * bandwidth_share(other, count)
+        return f"weights are expected to be read at {speed:.0f} GB/s, with {other} at {against:.0f}"
 
     def largest_fitting(self, size: RunSize) -> RunSize:
         """The longest context that fits, with smaller batches where none does; ``size`` if nothing does."""
@@ -203,7 +212,9 @@ class Planner:
     def _draft(self, size: RunSize, numa: str, reason: str) -> Plan:
         placements = self._placer.place(size, numa)
         budgets = [(device.name, device.budget_bytes) for device in self.machine.devices]
-        memory = memory_of(self.model, placements, budgets, size, self.machine.num_threads)
+        memory = memory_of(
+            self.model, placements, budgets, size, self.machine.num_threads, self.machine.num_nodes
+        )
         if self.rule_set is not None:
             require_cache_device(self.rule_set, self.model, placements)
             memory = with_expert_cache(memory, self.model, self.rule_set)

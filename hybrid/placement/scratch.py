@@ -29,12 +29,14 @@ _ABSORB_TOKENS = 64
 
 @dataclass(frozen=True)
 class Step:
-    """The largest step of a run: its tokens, those in the cache, and the logits it makes."""
+    """The largest step of a run: its tokens, those in the cache, and the logits it makes. ``num_slices`` are
+    the parts into which feed-forward blocks are cut, whose partial sums are kept apart."""
 
     num_tokens: int
     context: int
     num_logits: int
     num_threads: int
+    num_slices: int = 1
 
 
 def kernel_bytes(
@@ -111,17 +113,18 @@ def _layer(
     joint_kv_b: bool,
 ) -> Iterator[list[int]]:
     """The takes of each operation of a layer, in their order."""
-    threads, hidden = step.num_threads, dims.hidden_size
+    threads, hidden, slices = step.num_threads, dims.hidden_size, step.num_slices
     if "attention" in roles:
         yield from _attention_block(dims, step, tokens, joint_kv_b)
     if "dense_ffn" in widths:
-        yield _moe(tokens, 1, 1, hidden, widths["dense_ffn"], threads)
+        yield _moe(tokens, 1, 1, hidden, widths["dense_ffn"], threads, slices)
     if "router" in roles:
         yield _linear(tokens, hidden, 1, threads)
     if "routed_experts" in roles:
-        yield _moe(tokens, dims.num_experts_per_tok, dims.num_experts, hidden, dims.expert_width, threads)
+        count = dims.num_experts_per_tok
+        yield _moe(tokens, count, dims.num_experts, hidden, dims.expert_width, threads, slices)
     if "shared_experts" in widths:
-        yield _moe(tokens, 1, 1, hidden, widths["shared_experts"], threads)
+        yield _moe(tokens, 1, 1, hidden, widths["shared_experts"], threads, slices)
     if step.num_logits:
         yield _linear(min(tokens, step.num_logits), hidden, 1, threads)
 
@@ -161,7 +164,7 @@ def _linear(tokens: int, cols: int, batch: int, threads: int) -> list[int]:
     return _rows(tokens * batch, cols) + _tiles(tiled, block, cols)
 
 
-def _moe(tokens: int, k: int, experts: int, hidden: int, width: int, threads: int) -> list[int]:
+def _moe(tokens: int, k: int, experts: int, hidden: int, width: int, threads: int, slices: int) -> list[int]:
     tokens = min(tokens, max(_MOST_TILE_TOKENS, _MOE_CHUNK_BYTES // (2 * hidden + k * width * 2)))
     slots = tokens * k
     shares = experts + slots // _MOST_TILE_TOKENS + 1
@@ -174,12 +177,13 @@ def _moe(tokens: int, k: int, experts: int, hidden: int, width: int, threads: in
     if rows < _ACT_BLOCK:
         takes += [slots * plain * 4, min(slots, experts) * blocks * 4]
     takes += [2 * _MOST_TILE_TOKENS * rows * threads * 4, *_tiles(tiled, most, hidden)]
-    if slots <= _FEW_PAIRS:
+    if slots <= _FEW_PAIRS and slices == 1:
         takes += [slots * _unit_rows(hidden, 1, threads) * threads * 4]
     else:
-        affordable = _MOE_SLICE_BYTES // 4 // slots // _ACT_BLOCK * _ACT_BLOCK
-        takes += [slots * min(_round_up(hidden, 16), max(_ACT_BLOCK, affordable)) * 4]
-    return [*takes, k * threads * 8, *_tiles(tiled, most, width)]
+        affordable = _MOE_SLICE_BYTES // 4 // (slots * slices) // _ACT_BLOCK * _ACT_BLOCK
+        takes += [slices * slots * min(_round_up(hidden, 16), max(_ACT_BLOCK, affordable)) * 4]
+    takes += [k * slices * threads * 8] + ([k * slices * threads * 4] if slices > 1 else [])
+    return [*takes, *_tiles(tiled, most, width)]
 
 
 def _unit_rows(rows: int, others: int, threads: int) -> int:

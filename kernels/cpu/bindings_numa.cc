@@ -57,6 +57,13 @@ nb::dict bind_count(Address start, int64_t bytes) {
   return found;
 }
 
+int bind_read_mapped(Address start, int64_t bytes) {
+  if (bytes < 0) throw std::invalid_argument("read_mapped: `bytes` must not be negative");
+  const void* data = pointer<const void>(start, "read_mapped", "start");
+  nb::gil_scoped_release unlocked;
+  return read_mapped(data, static_cast<size_t>(bytes));
+}
+
 char g_bus_message[512];
 
 void report_bus_error(int) {
@@ -90,6 +97,8 @@ void bind_numa(nb::module_& m) {
         "NUMA nodes as the system below `root` shows them, with those of `cpus` (default: all this process may run on).");
   m.def("count_pages", &bind_count, "start"_a, "bytes"_a,
         "Pages of a range of memory by node, asked of move_pages or else numa_maps; `method` is empty if neither answers.");
+  m.def("read_mapped", &bind_read_mapped, "start"_a, "bytes"_a,
+        "Reads the pages of a mapped file and enters them in the page table; 0, or the error number of why it cannot.");
   m.def("end_on_bus_error", &end_on_bus_error, "message"_a,
         "For programs: where a mapped file was cut short or its disk failed (SIGBUS), write a line to stderr and exit with 1.");
   m.def("parse_numa_maps", &bind_maps, "text"_a, "start"_a, "For tests: node -> pages of the mapping an address is in.");

@@ -18,6 +18,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 #ifndef MADV_POPULATE_WRITE
+constexpr int MADV_POPULATE_READ = 22;
 constexpr int MADV_POPULATE_WRITE = 23;
 #endif
 
@@ -133,6 +134,13 @@ bool parse_numa_maps(const std::string& text, uintptr_t start, std::map<int, int
     pages[std::stoi(word.substr(1, equals - 1))] += std::stoll(word.substr(equals + 1));
   }
   return !pages.empty();
+}
+
+int read_mapped(const void* start, size_t bytes) {
+  const uintptr_t page_bytes = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = reinterpret_cast<uintptr_t>(start) / page_bytes * page_bytes;
+  const size_t length = reinterpret_cast<uintptr_t>(start) + bytes - first;
+  return madvise(reinterpret_cast<void*>(first), length, MADV_POPULATE_READ) == 0 ? 0 : errno;
 }
 
 PageCount count_pages(const void* start, size_t bytes) {

@@ -57,6 +57,10 @@ struct PageCount {
 };
 PageCount count_pages(const void* start, size_t bytes);
 
+// Reads pages of a mapped file into memory, whole pages from the one `start` is in. 0, or the error number:
+// EINVAL on kernels before 5.14, EFAULT where the file ends before or its disk fails.
+int read_mapped(const void* start, size_t bytes);
+
 // The fields N<node>=<pages> of the line of numa_maps for the mapping that an address is in; false if it has none.
 bool parse_numa_maps(const std::string& text, uintptr_t start, std::map<int, int64_t>& pages);
 

@@ -8,7 +8,7 @@ from hybrid.errors import CapacityError, ConfigError, PlacementError
 from hybrid.gguf import GGUFFile
 from hybrid.placement.machine import Device, Machine, Node
 from hybrid.placement.memory import RunSize
-from hybrid.placement.numa import Layout, cuts, layout, spread
+from hybrid.placement.numa import Layout, bandwidth_share, cuts, layout, spread
 from hybrid.placement.planner import plan
 from hybrid.synth import resolve_shape, synthesise
 
@@ -118,9 +118,21 @@ def test_one_node_is_never_divided():
 def test_auto_copies_where_every_node_has_room(wide):
     found = plan(wide, machine=machine(GIB, GIB))
     assert found.numa == "replicate" and "room for a copy" in found.numa_reason
+    assert "expected to be read at 134 GB/s, with interleave at 89" in found.numa_reason
     weights = found.bytes_on("cpu")
     assert sum(found.node_bytes.values()) == pytest.approx(weights, rel=0.01)
     assert found.node_bytes[0] == found.node_bytes[1]
+
+
+def test_auto_tries_what_is_read_faster_first():
+    for nodes in (2, 4, 8):
+        shares = [
+            bandwidth_share(mode, nodes) for mode in ("replicate", "shard", "interleave", "none", "node:0")
+        ]
+        assert shares == sorted(shares, reverse=True) and shares[0] == 1
+    # Of two nodes half of the reads are from the other one, at half the speed: 1 / (0.5 + 0.5 / 0.5).
+    assert bandwidth_share("interleave", 2) == pytest.approx(2 / 3)
+    assert bandwidth_share("none", 1) == bandwidth_share("node:0", 1) == 1
 
 
 def test_auto_cuts_where_copies_do_not_fit(wide):
