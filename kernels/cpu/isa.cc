@@ -38,6 +38,12 @@ bool request_amx_permission() {
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
 }
 
+#ifdef HYBRID_EMULATE_AMX
+constexpr bool kTilesEmulated = true;
+#else
+constexpr bool kTilesEmulated = false;
+#endif
+
 std::vector<Feature> detect() {
   const Cpuid l1 = cpuid(1, 0), l7 = cpuid(7, 0), l7s1 = cpuid(7, 1);
   auto bit = [](uint32_t word, int n) { return ((word >> n) & 1) != 0; };
@@ -59,8 +65,8 @@ std::vector<Feature> detect() {
       {"avx512vbmi", zmm && bit(l7.ecx, 1)},
       {"gfni", bit(l7.ecx, 8)},
       {"avx512bf16", zmm && bit(l7s1.eax, 5)},
-      {"amx_tile", tiles},
-      {"amx_int8", tiles && bit(l7.edx, 25)},
+      {"amx_tile", kTilesEmulated || tiles},
+      {"amx_int8", kTilesEmulated || (tiles && bit(l7.edx, 25))},
       {"amx_bf16", tiles && bit(l7.edx, 22)},
   };
 }

@@ -52,8 +52,9 @@ int32_t multiply_bytes(int64_t num_rounds) {
 }
 constexpr int64_t kMacsPerRound = 4 * 16 * 16 * 64;
 
-#define ROW_q8(format) \
-  {find_format_named(#format), ActFormat::q8, Isa::kAmx, 16, "gemm_" #format "_q8_16x16_amx", nullptr, gemm_amx<Fmt_##format>, nullptr},
+#define ROW_q8(format)                                                                                         \
+  {find_format_named(#format), ActFormat::q8, Isa::kAmx, 16, "gemm_" #format "_q8_16x16_amx", nullptr, \
+   gemm_amx<Fmt_##format>, nullptr},
 #define ROW_f32(format)
 #define ROW(format, activation, ...) ROW_##activation(format)
 
