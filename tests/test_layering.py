@@ -36,6 +36,7 @@ LEVELS = (
         "hybrid.free_memory",
         "hybrid.log",
         "hybrid.sampling_params",
+        "hybrid.trace",
         "hybrid.outputs",
     ),
     ("hybrid.structured", "hybrid.system_files"),

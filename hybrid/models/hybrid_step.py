@@ -20,6 +20,7 @@ from hybrid.backends.streams import Graph, Runtime, Stream, on_streams
 from hybrid.errors import DeviceError
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.moe.handoff import Handoff, HandoffLane
+from hybrid.trace import Trace
 
 # Waits, by the sites of `hybrid.backends.streams`.
 EARLIER_WORK = "prompts and copies of blocks are done"
@@ -38,14 +39,17 @@ class HybridDecoder:
     a device nothing works any more.
     """
 
-    def __init__(self, network: Any, max_blocks: int, *, use_graphs: bool) -> None:
+    def __init__(
+        self, network: Any, max_blocks: int, *, use_graphs: bool, trace: Trace | None = None
+    ) -> None:
         self.network, self.max_blocks = network, max_blocks
         backends = layer_backends(network)
         self.first, self.last = backends[0], backends[-1]
         self.runtimes = list(dict.fromkeys(_runtime(backend) for backend in backends))
         together = len(self.runtimes) == 1 or _runtime(self.first).captures_other_devices
         self.use_graphs = use_graphs and together and network.can_capture
-        self.handoff = _hand_over(network)
+        self.handoff, self._trace = _hand_over(network), trace
+        self._note_experts()
         self._streams: dict[tuple[Runtime, str], Stream] = {}
         self._steps: dict[int, HybridStep] = {}  # by number of sequences
 
@@ -65,7 +69,13 @@ class HybridDecoder:
         step = self._steps.get(len(token_ids))
         if step is None:
             step = self._steps[len(token_ids)] = HybridStep(self, len(token_ids))
-        return step.run(token_ids, batch)
+        logits = step.run(token_ids, batch)
+        self._note_experts()
+        return logits
+
+    def _note_experts(self) -> None:
+        if self._trace is not None and self.handoff is not None:
+            self.handoff.trace_to(self._trace)
 
     def close(self) -> None:
         """Waits for what is queued, and ends the thread of the experts before their buffers go."""
@@ -120,7 +130,7 @@ class HybridStep:
                 self._enqueue()
             stream.record().synchronize(STEP_IS_DONE)
         except BaseException:
-            self._drain()
+            decoder.wait()  # the next step finds all as it was
             raise
         if decoder.handoff is not None:
             decoder.handoff.check()
@@ -136,7 +146,12 @@ class HybridStep:
         for lane in others:
             assert start is not None
             lane.streams[self._first].wait(start, LANE_STARTS)
-        hidden_states = self._hidden_states = self._run_layers()
+        try:
+            hidden_states = self._hidden_states = self._run_layers()
+        except BaseException:
+            for lane in self._lanes:
+                lane.abandon()
+            raise
         with one.current():
             for lane in others:
                 self._last.current.wait(lane.streams[self._last].record(), LANE_ENDS)
@@ -169,12 +184,6 @@ class HybridStep:
         for lane in self._lanes:
             lane.fill(token_ids, batch, slice(start, start + lane.num_seqs))
             start += lane.num_seqs
-
-    def _drain(self) -> None:
-        """Brings what is queued to its end after an exception, so that the next step finds all as it was."""
-        for lane in self._lanes:
-            lane.abandon()
-        self._decoder.wait()
 
 
 class _Lane:
@@ -221,6 +230,7 @@ class _Lane:
                     yield
 
     def abandon(self) -> None:
+        """Queues the waits for experts that an exception left out, or drops them with the capture."""
         if self._handoff is not None:
             with on_streams(self.streams):
                 self._handoff.abandon()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 
 import torch
+
+from hybrid.trace import Trace
 
 # Yields after each layer; its return value are the hidden states. Whoever has one may compute other batches
 # in between, as long as they write no cache block of this one.
@@ -19,3 +22,16 @@ def run_layers(steps: LayerSteps) -> torch.Tensor:
         except StopIteration as done:
             hidden_states: torch.Tensor = done.value
             return hidden_states
+
+
+def traced_layers(steps: LayerSteps, trace: Trace, num_tokens: int) -> LayerSteps:
+    """The same pass; notes how long Python takes for each layer: all of it where nothing is queued."""
+    for layer in itertools.count():
+        try:
+            with trace.span("engine", f"layer {layer}, {num_tokens} tokens"):
+                next(steps)
+        except StopIteration as done:
+            hidden_states: torch.Tensor = done.value
+            return hidden_states
+        yield
+    raise AssertionError("unreachable")

@@ -9,19 +9,21 @@ import torch
 
 from hybrid.backends.base import Backend
 from hybrid.backends.locality import Locality
+from hybrid.backends.streams import Runtime
 from hybrid.config import KVFormat
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
 from hybrid.models.hybrid_step import HybridDecoder, can_decode
-from hybrid.models.layer_steps import LayerSteps, run_layers
+from hybrid.models.layer_steps import LayerSteps, run_layers, traced_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
+from hybrid.trace import Trace
 
 # A recording keeps every intermediate result, 57 MB a sequence for DeepSeek-V3, and there is one for each
 # number of sequences; the more there are, the less the time of Python matters.
@@ -48,6 +50,7 @@ class Model:
         loaded_bytes: dict[tuple[str, str], int],
         *,
         use_graphs: bool = True,
+        trace: Trace | None = None,
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -56,7 +59,10 @@ class Model:
         self._network, self._backends = network, backends
         self._num_blocks = 0
         self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
-        self._use_graphs = use_graphs
+        self._use_graphs, self._trace = use_graphs, trace
+        if trace is not None:
+            for runtime in self._runtimes:
+                runtime.start_trace(trace)
         self._hybrid: HybridDecoder | None = None
 
     @property
@@ -81,13 +87,19 @@ class Model:
         """Bytes of cache a token takes over all layers."""
         return int(self.config.num_layers * cache_row_bytes(self.config.cache_width, self.kv_format))
 
+    @property
+    def _runtimes(self) -> list[Runtime]:
+        return [backend.runtime for backend in self._backends.values() if backend.runtime is not None]
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
         self._num_blocks = num_blocks
         self._end_decoding()
         self._network.allocate_cache(num_blocks, self.kv_format)
         if can_decode(self._network):
-            self._hybrid = HybridDecoder(self._network, num_blocks, use_graphs=self._use_graphs)
+            self._hybrid = HybridDecoder(
+                self._network, num_blocks, use_graphs=self._use_graphs, trace=self._trace
+            )
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
@@ -98,7 +110,7 @@ class Model:
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
-        return steps
+        return steps if self._trace is None else traced_layers(steps, self._trace, len(token_ids))
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies cache blocks in all layers, each from the first to the second of a pair."""
@@ -115,6 +127,12 @@ class Model:
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
+        if self._trace is None:
+            return self._decode(token_ids, batch)
+        with self._trace.span("engine", f"decode step of {len(token_ids)}", "step"):
+            return self._decode(token_ids, batch)
+
+    def _decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         if self._hybrid is not None:
             return self._hybrid.decode(token_ids, batch)
         backends = list(self._backends.values())
@@ -140,9 +158,14 @@ class Model:
             self._hybrid = None
 
     def close(self) -> None:
-        """Frees weights, cache and threads. The model must not be used afterwards."""
+        """Frees weights, cache and threads, and writes the trace. The model must not be used afterwards."""
         self._end_decoding()
         self._network = None
+        if self._trace is not None:
+            for runtime in self._runtimes:
+                runtime.stop_trace()
+            self._trace.write()
+            self._trace = None
         close_backends(self._backends)
 
 
@@ -157,6 +180,7 @@ def load_model(
     config: Any = None,
     packed_cache: Path | None = None,
     use_graphs: bool = True,
+    trace: Trace | None = None,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -173,6 +197,7 @@ def load_model(
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
         use_graphs: whether decode steps of devices are captured once and replayed.
+        trace: notes what runs when, and is written when the model is closed.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
@@ -196,7 +221,7 @@ def load_model(
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs)
+    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, trace=trace)
 
 
 def pack_model(

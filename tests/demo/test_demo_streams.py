@@ -1,0 +1,122 @@
+"""The demo model over devices with streams, its experts in RAM: decode steps compute what the CPU alone does.
+
+Texts are teacher-forced, the tolerance is that of `test_demo_placements`: what crosses to the CPU is
+bfloat16, whose rounding, 2^-9 of a number, is less than that of the int8 codes experts make of it, 1/254 of a
+block's largest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid.backends.base import Backend
+from hybrid.backends.fake_gpu import FakeGpuBackend
+from hybrid.backends.fake_streams import FakeOptions
+from hybrid.backends.registry import create_backend
+from hybrid.gguf import GGUFFile
+from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
+from hybrid.models import weights as weights_module
+from hybrid.models.loader import Model, load_model
+from hybrid.placement.planner import plan
+
+spec = importlib.util.spec_from_file_location(
+    "demo_placements_of_tests", Path(__file__).with_name("test_demo_placements.py")
+)
+assert spec is not None and spec.loader is not None
+placements = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(placements)
+EXPERTS, LENGTH, TEXTS = placements.EXPERTS, placements.LENGTH, placements.TEXTS
+file, texts, expected = placements.file, placements.texts, placements.expected
+
+EXPERTS_IN_RAM: list[tuple[dict[str, Any], str]] = [({"role": "routed_experts"}, "cpu")]
+TO_SECOND: list[tuple[dict[str, Any], str]] = [({"layers": "2-3"}, "fakegpu:1")]
+REST: list[tuple[dict[str, Any], str]] = [({"name": "*"}, "fakegpu:0")]
+SPLITS: dict[str, tuple[list[tuple[dict[str, Any], str]], dict[str, tuple[int, ...]]]] = {
+    "one device": (EXPERTS_IN_RAM + REST, {}),
+    "two devices": (EXPERTS_IN_RAM + TO_SECOND + REST, {}),
+    "embedding and output in RAM": (
+        [*EXPERTS_IN_RAM, ({"role": ["embedding", "output"]}, "cpu"), *REST],
+        {},
+    ),
+    "experts in RAM and on devices": (
+        TO_SECOND + REST,
+        {
+            "cpu": tuple(range(0, EXPERTS, 2)),
+            "fakegpu:0": tuple(range(1, EXPERTS, 4)),
+            "fakegpu:1": tuple(range(3, EXPERTS, 4)),
+        },
+    ),
+    "all on devices": (TO_SECOND + REST, {}),
+}
+
+
+@pytest.fixture
+def load(file: GGUFFile, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Model]]:
+    """``load(split, options)``; closed at the end."""
+    models: list[Model] = []
+
+    def load_(split: str, options: FakeOptions) -> Model:
+        def create(device: str, num_threads: int | None = None) -> Backend:
+            if device.startswith("fakegpu"):
+                return FakeGpuBackend(device, "q8", options)
+            return create_backend(device, num_threads)
+
+        monkeypatch.setattr(weights_module, "create_backend", create)
+        places, shares = SPLITS[split]
+        rules = [{"select": select, "place": {"device": device}} for select, device in places]
+        planned = plan(file, {"version": 1, "rules": rules})
+        planned = placements.divide(file, planned, shares) if shares else planned
+        models.append(load_model(file, plan=planned, max_model_len=LENGTH, num_threads=2, kv_format="f32"))
+        return models[-1]
+
+    yield load_
+    for model in models:
+        model.close()
+
+
+def decode_logits(model: Model, rows: np.ndarray) -> torch.Tensor:
+    """Logits ``[len(rows) * LENGTH, vocab]`` of texts that are decoded together, a token of each at a
+    time."""
+    count, blocks = len(rows), LENGTH // BLOCK_SIZE
+    model.allocate_cache(count * blocks)
+    tables = torch.arange(count * blocks, dtype=torch.int32).view(count, blocks)
+    found = []
+    with torch.inference_mode():
+        for position in range(LENGTH):
+            positions = torch.full((count,), position, dtype=torch.int32)
+            batch = AttentionBatch(
+                positions=positions,
+                slot_mapping=tables[:, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE,
+                query_start=torch.arange(count + 1, dtype=torch.int32),
+                seq_lens=positions + 1,
+                block_tables=tables,
+            )
+            found.append(model.decode(torch.from_numpy(rows[:, position].copy()), batch))
+    return torch.stack(found, 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_decode_steps_compute_what_the_cpu_does(
+    texts: np.ndarray, expected: torch.Tensor, load: Callable[..., Model], split: str
+) -> None:
+    found = decode_logits(load(split, FakeOptions(seed=5, max_delay_s=2e-4)), texts)
+    assert placements.agree(found, expected)
+
+
+def test_a_single_text(texts: np.ndarray, expected: torch.Tensor, load: Callable[..., Model]) -> None:
+    found = decode_logits(load("two devices", FakeOptions(seed=6, max_delay_s=2e-4)), texts[:1])
+    assert placements.agree(found, expected[:LENGTH])
+
+
+def test_prompts_run_over_streams_too(
+    texts: np.ndarray, expected: torch.Tensor, load: Callable[..., Model]
+) -> None:
+    model = load("experts in RAM and on devices", FakeOptions(seed=7, max_delay_s=2e-4))
+    assert placements.agree(placements.logits_of(model, texts), expected)
