@@ -45,7 +45,8 @@ class HybridDecoder:
         self.network, self.max_blocks = network, max_blocks
         backends = layer_backends(network)
         self.first, self.last = backends[0], backends[-1]
-        self.runtimes = list(dict.fromkeys(_runtime(backend) for backend in backends))
+        devices = [b for b in (*backends, *expert_backends(network)) if b.runtime is not None]
+        self.runtimes = list(dict.fromkeys(_runtime(backend) for backend in devices))
         together = len(self.runtimes) == 1 or _runtime(self.first).captures_other_devices
         self.use_graphs = use_graphs and together and network.can_capture
         self.handoff, self._trace = _hand_over(network), trace
@@ -104,7 +105,7 @@ class HybridStep:
         if num_seqs > half:
             self._lanes.append(_Lane(decoder, "b", num_seqs - half))
         self._head_on_device = all(
-            backend.runtime is not None
+            backend.runtime is self._last
             for backend in (self._network.norm.backend, self._network.head.backend)
         )
         width = self._network.config.vocab_size if self._head_on_device else self._network.config.hidden_size
@@ -137,7 +138,10 @@ class HybridStep:
         self._is_warm = True
         result = self._result.clone()
         self._last.discard(self._result)
-        return result if self._head_on_device else self._network.compute_logits(result)
+        if self._head_on_device:
+            return result
+        logits: torch.Tensor = self._network.compute_logits(result)
+        return logits if logits.is_cpu else logits.cpu()
 
     def _enqueue(self) -> None:
         """Everything between the pinned inputs and the pinned result."""
@@ -200,8 +204,8 @@ class _Lane:
         self._batch["query_start"].copy_(torch.arange(num_seqs + 1))
         self._batch["block_tables"] = first.pinned((num_seqs, decoder.max_blocks), torch.int32)
         self._batch["block_tables"].fill_(-1)
-        self._rows: torch.Tensor | None = None  # of an embedding on the host
-        if self._network.embedding.backend.runtime is None:
+        self._rows: torch.Tensor | None = None  # of an embedding on the host or on another device
+        if self._network.embedding.backend.runtime is not first:
             self._rows = first.pinned((num_seqs, self._network.config.hidden_size), torch.float32)
         self._handoff = HandoffLane(decoder.handoff, num_seqs) if decoder.handoff is not None else None
 
@@ -248,10 +252,14 @@ def layer_backends(network: Any) -> list[Backend]:
 def can_decode(network: Any) -> bool:
     """Whether `HybridDecoder` takes a network: the layers are on devices with streams, and their experts
     there too or where `hybrid.moe.handoff` finds them."""
-    experts = [backend for moe in network.moes.values() for backend in moe.experts.backends]
     return all(backend.runtime is not None for backend in layer_backends(network)) and all(
-        backend.runtime is not None or backend.serves_handoff for backend in experts
+        backend.runtime is not None or backend.serves_handoff for backend in expert_backends(network)
     )
+
+
+def expert_backends(network: Any) -> list[Backend]:
+    """Backends of the routed experts of all layers."""
+    return [backend for moe in network.moes.values() for backend in moe.experts.backends]
 
 
 def _hand_over(network: Any) -> Handoff | None:

@@ -45,6 +45,16 @@ SPLITS: dict[str, tuple[list[tuple[dict[str, Any], str]], dict[str, tuple[int, .
         [*EXPERTS_IN_RAM, ({"role": ["embedding", "output"]}, "cpu"), *REST],
         {},
     ),
+    "embedding and output on the other device": (
+        [
+            *EXPERTS_IN_RAM,
+            ({"role": "embedding"}, "fakegpu:1"),
+            *TO_SECOND,
+            ({"role": "output"}, "fakegpu:0"),
+            *REST,
+        ],
+        {},
+    ),
     "experts in RAM and on devices": (
         TO_SECOND + REST,
         {
