@@ -45,7 +45,8 @@ class FakeOptions:
     """How test devices behave; shared by the devices of a model.
 
     Attributes:
-        seed: of the delays. max_delay_s: before a piece of work, at random up to this; most are not delayed.
+        seed: of the delays.
+        max_delay_s: before a piece of work, at random up to this; most are not delayed.
         slow: a device and its stream, as in "fakegpu:0 main", that works only when all others wait and so
             does the host: whoever does not wait for it is ahead of it, on a busy machine too.
         serial_calls: host callbacks of all streams take turns.
@@ -116,7 +117,7 @@ class FakeStream(Stream):
         self._label = f"{runtime.name} {name}"
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_pushed = self._num_done = 0
-        self._pushing = threading.Lock()
+        self._pushing = threading.RLock()  # collecting garbage may push, anywhere
         self._waits: _Signal | None = None
         self._random = random.Random(f"{runtime.options.seed} {self._label}")
         self._thread = threading.Thread(target=self._serve, name=f"{runtime.name} {name}", daemon=True)
@@ -281,7 +282,7 @@ class FakeRuntime(Runtime):
         self._streams: list[FakeStream] = []
         self._current = threading.local()
         self._names = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.main: FakeStream = self.stream("main")
 
     @property
