@@ -398,6 +398,7 @@ class FakeRuntime(Runtime):
         self.trace = None
 
     def close(self) -> None:
+        self.options.slow = None
         while self._streams:
             stream = self._streams.pop()
             self.options.streams.remove(stream)
