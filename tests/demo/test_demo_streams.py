@@ -1,7 +1,7 @@
 """The demo model over devices with streams, its experts in RAM: decode steps compute what the CPU alone does.
 
-Texts are teacher-forced. What crosses to the CPU is bfloat16, so the CPU alone rounds its experts' inputs too; then
-the tolerance is that of `test_demo_placements`.
+Texts are teacher-forced. What crosses to the CPU is bfloat16, so the CPU alone rounds its experts' inputs
+too; then the tolerance is that of `test_demo_placements`.
 """
 
 from __future__ import annotations
