@@ -192,6 +192,9 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_NO_CUDA_GRAPH": EnvVar(
         boolean, _SWITCH, "queue every decode step of a GPU by Python, to look for faults; the same tokens"
     ),
+    "HYBRID_TRACE": EnvVar(
+        str, "a file", "write what ran when to this file, as a Chrome trace (ui.perfetto.dev opens it)"
+    ),
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",

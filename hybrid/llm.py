@@ -22,6 +22,7 @@ from hybrid.placement.planner import Plan
 from hybrid.placement.rules import Rules
 from hybrid.sampling_params import SamplingParams
 from hybrid.tokenizer import Tokenizer
+from hybrid.trace import StepFigures, step_figures
 
 Message = Mapping[str, Any]
 
@@ -61,6 +62,7 @@ class LLM:
             they are while the model is in use.
         cuda_graph: decode steps of GPUs are captured once and replayed; ``False`` has Python queue each of
             them, to look for faults. The tokens are the same.
+        trace: a file for what runs when, as a Chrome trace; it is written when the model is closed.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -165,6 +167,11 @@ class LLM:
     ) -> TokenStream:
         """`stream` for a conversation."""
         return self._requests.stream(self._render(messages, template_options), sampling_params)
+
+    def step_figures(self) -> StepFigures | None:
+        """Times of the decode steps by now; ``None`` without a ``trace``, or before the first step."""
+        trace = self._loaded.trace
+        return None if trace is None else step_figures(trace.spans)
 
     def stats(self) -> EngineStats:
         """What runs, what waits, and what was done so far."""

@@ -43,6 +43,7 @@ LEVELS = (
         "hybrid.free_memory",
         "hybrid.log",
         "hybrid.sampling_params",
+        "hybrid.trace",
         "hybrid.outputs",
     ),
     ("hybrid.structured", "hybrid.system_files"),

@@ -7,6 +7,7 @@ Nothing here needs a GPU to be imported. Not yet run on a GPU.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,7 @@ import torch
 from hybrid.backends.streams import Event, Graph, Runtime, Stream
 from hybrid.errors import DeviceError
 from hybrid.log import get_logger
+from hybrid.trace import Span, Trace
 
 logger = get_logger(__name__)
 
@@ -91,6 +93,8 @@ class CudaRuntime(Runtime):
     def __init__(self, name: str) -> None:
         self.name, self._device = name, torch.device(name)
         self._streams: dict[int, CudaStream] = {}  # by handle
+        self._trace: Trace | None = None
+        self._profile: torch.profiler.profile | None = None
         self.main: CudaStream = self._known(torch.cuda.default_stream(self._device), "main")
 
     def _known(self, raw: torch.cuda.Stream, name: str) -> CudaStream:
@@ -141,6 +145,26 @@ class CudaRuntime(Runtime):
             torch.cuda.synchronize(self._device)
         except RuntimeError as error:
             raise DeviceError(f"{self.name}: {error}; load the model again") from error
+
+    def start_trace(self, trace: Trace) -> None:
+        self._trace = trace
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._profile.start()
+
+    def stop_trace(self) -> None:
+        """Times of the profiler are those of the system's clock; they become those of `time.perf_counter_ns`
+        by the distance of the two now."""
+        if self._profile is None or self._trace is None:
+            return
+        self.synchronize()
+        self._profile.stop()
+        results = self._profile.profiler.kineto_results if self._profile.profiler is not None else None
+        offset = time.perf_counter_ns() - time.time_ns()
+        for event in results.events() if results is not None else ():
+            if event.device_index() == self._device.index:
+                track, begin = f"{self.name} stream {event.device_resource_id()}", event.start_ns() + offset
+                self._trace.add(Span(track, event.name(), "device", begin, begin + event.duration_ns()))
+        self._profile = self._trace = None
 
     def close(self) -> None:
         if self._streams:

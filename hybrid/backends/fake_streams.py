@@ -22,9 +22,11 @@ import torch
 from hybrid.backends.fake_tensor import DeviceTensor, Memory, fill_with_nonsense, plain
 from hybrid.backends.streams import Event, Graph, Runtime, Stream
 from hybrid.errors import DeviceError
+from hybrid.trace import Kind, Span, Trace
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _FREE = "free"  # nobody has to wait for it
+_GIVE_WAY_S = 1.0  # the longest that a slow stream gives way to others
 _GIVE_UP_S = 120.0  # a thread that waits longer has been forgotten
 
 
@@ -45,6 +47,8 @@ class FakeOptions:
     Attributes:
         seed: of the delays.
         max_delay_s: before a piece of work, at random up to this; most are not delayed.
+        slow: a device and its stream, as in "fakegpu:0 main", that works only when all others wait and so
+            does the host: whoever does not wait for it is ahead of it, on a busy machine too.
         serial_calls: host callbacks of all streams take turns.
         drop: waits and calls of these sites are left out; the number says which occurrence, ``None``: all.
         sites: how often each site was met.
@@ -52,10 +56,13 @@ class FakeOptions:
 
     seed: int = 0
     max_delay_s: float = 0.0
+    slow: str | None = None
     serial_calls: bool = False
     drop: tuple[str, int | None] | None = None
     sites: Counter[str] = field(default_factory=Counter)
     calls: threading.Lock = field(default_factory=threading.Lock)
+    streams: list[FakeStream] = field(default_factory=list, repr=False)
+    host_waits: bool = False
 
     def dropped(self, site: str) -> bool:
         """Notes that a site was met."""
@@ -82,6 +89,7 @@ class _Work:
     run: Callable[[], None] | None = None
     sets: _Signal | None = None
     waits: _Signal | None = None
+    is_call: bool = False  # of the host
 
 
 class FakeEvent(Event):
@@ -94,7 +102,7 @@ class FakeEvent(Event):
         if self.capture is not None:
             raise DeviceError(f"{site}: an event of a capture cannot be waited for by the host")
         if not runtime.options.dropped(site):
-            self.signal.wait()
+            runtime.host_wait(self.signal)
         runtime.check()
 
     def is_done(self) -> bool:
@@ -106,8 +114,12 @@ class FakeStream(Stream):
 
     def __init__(self, runtime: FakeRuntime, name: str) -> None:
         self.runtime, self.name = runtime, name
+        self._label = f"{runtime.name} {name}"
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._random = random.Random(f"{runtime.options.seed} {runtime.name} {name}")
+        self._num_pushed = self._num_done = 0
+        self._pushing = threading.RLock()  # collecting garbage may push, anywhere
+        self._waits: _Signal | None = None
+        self._random = random.Random(f"{runtime.options.seed} {self._label}")
         self._thread = threading.Thread(target=self._serve, name=f"{runtime.name} {name}", daemon=True)
         self._thread.start()
 
@@ -131,7 +143,7 @@ class FakeStream(Stream):
             event.capture.join(self, event)
         elif self._capture is not None:
             raise DeviceError(f"{site}: a captured stream cannot wait for an event from before the capture")
-        self.push(_Work("wait", waits=event.signal))
+        self.push(_Work(site, waits=event.signal))
 
     def call(self, function: int, argument: int, site: str) -> None:
         if self.runtime.options.dropped(site):
@@ -145,11 +157,13 @@ class FakeStream(Stream):
             else:
                 callback(argument)
 
-        self.push(_Work(site, run=run))
+        self.push(_Work(site, run=run, is_call=True))
 
     def push(self, work: _Work) -> None:
         capture = self._capture
         if capture is None:
+            with self._pushing:
+                self._num_pushed += 1
             self._queue.put(work)
         else:
             capture.add(self, work)
@@ -163,18 +177,41 @@ class FakeStream(Stream):
         with torch.inference_mode():
             while (work := self._queue.get()) is not None:
                 self._do(work)
+                self._num_done += 1
+
+    def _delay(self) -> None:
+        options = self.runtime.options
+        if options.slow == self._label:
+            deadline = time.monotonic() + _GIVE_WAY_S
+            while time.monotonic() < deadline:
+                if options.host_waits and all(s.is_idle for s in options.streams if s is not self):
+                    return
+                time.sleep(2e-4)
+        elif options.max_delay_s and self._random.random() < 0.25:
+            time.sleep(self._random.uniform(0, options.max_delay_s))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing it could do now."""
+        waits = self._waits
+        return self._num_done == self._num_pushed or (waits is not None and not waits.event.is_set())
 
     def _do(self, work: _Work) -> None:
-        max_delay_s = self.runtime.options.max_delay_s
-        if max_delay_s and self._random.random() < 0.25:
-            time.sleep(self._random.uniform(0, max_delay_s))
+        self._delay()
+        start_ns = time.perf_counter_ns()
         try:
             if work.waits is not None:
+                self._waits = work.waits
                 work.waits.wait()
+                self._waits = None
             elif work.run is not None and self.runtime.failure is None:
                 work.run()
         except BaseException as error:
             self.runtime.fail(self, work.name, error)
+        trace = self.runtime.trace
+        if trace is not None and work.sets is None and work.name != _FREE:
+            kind: Kind = "wait" if work.waits is not None or work.is_call else "device"
+            trace.add(Span(self._label, work.name, kind, start_ns, time.perf_counter_ns()))
         if work.sets is not None:
             work.sets.event.set()
 
@@ -219,7 +256,7 @@ class FakeCapture(Graph):
         for stream, work in self.work:
             sets = signals.setdefault(work.sets, _Signal()) if work.sets else None
             waits = signals.setdefault(work.waits, _Signal()) if work.waits else None
-            stream.push(_Work(work.name, work.run, sets, waits))
+            stream.push(_Work(work.name, work.run, sets, waits, work.is_call))
 
     def _forget(self) -> None:
         for values in self.memory:
@@ -240,11 +277,12 @@ class FakeRuntime(Runtime):
         self.name, self.options = name, options or FakeOptions()
         self.failure: tuple[str, BaseException] | None = None
         self.num_tensors = 0
+        self.trace: Trace | None = None
         self._pinned: list[int] = []  # addresses
         self._streams: list[FakeStream] = []
         self._current = threading.local()
         self._names = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.main: FakeStream = self.stream("main")
 
     @property
@@ -254,6 +292,7 @@ class FakeRuntime(Runtime):
 
     def stream(self, name: str) -> FakeStream:
         self._streams.append(FakeStream(self, name))
+        self.options.streams.append(self._streams[-1])
         return self._streams[-1]
 
     @contextmanager
@@ -307,8 +346,15 @@ class FakeRuntime(Runtime):
 
     def wait_to_read(self, what: str) -> None:
         self.check_may_wait(what)
-        self.current.record().signal.wait()
+        self.host_wait(self.current.record().signal)
         self.check()
+
+    def host_wait(self, signal: _Signal) -> None:
+        self.options.host_waits = True
+        try:
+            signal.wait()
+        finally:
+            self.options.host_waits = False
 
     def discard(self, tensor: torch.Tensor) -> None:
         values = plain(tensor)
@@ -340,11 +386,22 @@ class FakeRuntime(Runtime):
 
     def synchronize(self) -> None:
         for event in [stream.record() for stream in self._streams]:
-            event.signal.wait()
+            self.host_wait(event.signal)
         self.check()
 
+    def start_trace(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def stop_trace(self) -> None:
+        for event in [stream.record() for stream in self._streams]:
+            self.host_wait(event.signal)
+        self.trace = None
+
     def close(self) -> None:
+        self.options.slow = None
         while self._streams:
-            self._streams.pop().stop()
+            stream = self._streams.pop()
+            self.options.streams.remove(stream)
+            stream.stop()
         while self._pinned:
             _pinned.pop(self._pinned.pop(), None)

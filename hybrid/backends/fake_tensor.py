@@ -80,7 +80,7 @@ class DeviceTensor(torch.Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name == "copy_":
             return copy(args[0], args[1], non_blocking=bool((*args, False)[2]))
@@ -106,7 +106,9 @@ def fill_with_nonsense(values: torch.Tensor) -> None:
 
 def copy(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool) -> torch.Tensor:
     """``copy_`` between a device and the host, or within devices; on the target's stream if it has one."""
-    queue: Queue = target.queue if isinstance(target, DeviceTensor) else source.queue
+    on_device = target if isinstance(target, DeviceTensor) else source
+    assert isinstance(on_device, DeviceTensor)
+    queue = on_device.queue
     host = next((x for x in (target, source) if not isinstance(x, DeviceTensor)), None)
     if host is not None and target.dtype is not source.dtype:
         raise RuntimeError(f"copy_: expected equal types, found {target.dtype} and {source.dtype}")

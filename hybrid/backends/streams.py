@@ -31,6 +31,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
+from hybrid.trace import Trace
+
 
 class Event(ABC):
     """A point in a stream's work, made by `Stream.record`."""
@@ -139,6 +141,15 @@ class Runtime(ABC):
         Raises:
             DeviceError: some of it has failed.
         """
+
+    @abstractmethod
+    def start_trace(self, trace: Trace) -> None:
+        """From now on work goes to ``trace``, at the latest when `stop_trace` is called: a track for each
+        stream."""
+
+    @abstractmethod
+    def stop_trace(self) -> None:
+        """Ends it, when the work is done."""
 
     @abstractmethod
     def close(self) -> None:

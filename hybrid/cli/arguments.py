@@ -141,6 +141,7 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "--numa", default="auto")
     flag(group, "--packed-cache")
     flag(group, "--no-cuda-graph")
+    flag(group, "--trace", metavar="FILE")
     flag(group, "--ram")
     flag(group, "--fit")
     add_experts(group)
@@ -247,6 +248,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "numa": args.numa,
         "packed_cache": args.packed_cache,
         "cuda_graph": not args.no_cuda_graph,
+        "trace": args.trace,
     }
 
 

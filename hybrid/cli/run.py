@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         code = print_stream(stream)
         write("\n")
         print(summary(stream.result()), file=sys.stderr)
+        if (figures := llm.step_figures()) is not None:
+            print(f"{args.trace}: {figures}", file=sys.stderr)
     return code
 
 

@@ -30,6 +30,7 @@ from hybrid.placement.planner import Plan, Planner
 from hybrid.placement.rules import Rules, RuleSet
 from hybrid.placement.settings import context_of, kv_format_of
 from hybrid.tokenizer import Tokenizer
+from hybrid.trace import Trace
 
 logger = get_logger(__name__)
 
@@ -51,6 +52,7 @@ class ModelOptions(TypedDict, total=False):
     numa: str
     packed_cache: str | Path | None
     cuda_graph: bool
+    trace: str | Path | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class LoadOptions:
     numa: str = "auto"
     packed_cache: str | Path | None = None
     cuda_graph: bool = True
+    trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *KV_FORMATS):
@@ -124,6 +127,7 @@ class LoadedModel:
     num_threads: int
     experts: ExpertUse
     locality: Locality | None = None
+    trace: Trace | None = None
 
     def describe(self) -> str:
         """One line: what runs where, with which kernels, threads and context."""
@@ -152,6 +156,7 @@ def load(
     """
     _check_process()
     path = model_path(model)
+    trace = None if options.trace is None else Trace(options.trace)
     isa = select_isa(options.isa)
     num_threads = options.num_threads or env.get("HYBRID_THREADS")
     with GGUFFile.open(path) as file:
@@ -177,6 +182,7 @@ def load(
             config=_with_experts(hparams, planner.experts),
             packed_cache=None if options.packed_cache is None else Path(options.packed_cache),
             use_graphs=options.cuda_graph,
+            trace=trace,
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)
@@ -187,7 +193,7 @@ def load(
             undo.pop_all()
     return LoadedModel(
         path, engine, tokenizer, template, placements, planner.model, isa, loaded.num_threads,
-        planner.experts, loaded.locality,
+        planner.experts, loaded.locality, trace,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from hybrid.backends.streams import Graph, Runtime, Stream, on_streams
 from hybrid.errors import DeviceError
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.moe.handoff import Handoff, HandoffLane
+from hybrid.trace import Trace
 
 # Waits, by the sites of `hybrid.backends.streams`.
 EARLIER_WORK = "prompts and copies of blocks are done"
@@ -38,14 +39,18 @@ class HybridDecoder:
     a device nothing works any more.
     """
 
-    def __init__(self, network: Any, max_blocks: int, *, use_graphs: bool) -> None:
+    def __init__(
+        self, network: Any, max_blocks: int, *, use_graphs: bool, trace: Trace | None = None
+    ) -> None:
         self.network, self.max_blocks = network, max_blocks
         backends = layer_backends(network)
         self.first, self.last = backends[0], backends[-1]
-        self.runtimes = list(dict.fromkeys(_runtime(backend) for backend in backends))
+        devices = [b for b in (*backends, *expert_backends(network)) if b.runtime is not None]
+        self.runtimes = list(dict.fromkeys(_runtime(backend) for backend in devices))
         together = len(self.runtimes) == 1 or _runtime(self.first).captures_other_devices
         self.use_graphs = use_graphs and together and network.can_capture
-        self.handoff = _hand_over(network)
+        self.handoff, self._trace = _hand_over(network), trace
+        self._note_experts()
         self._streams: dict[tuple[Runtime, str], Stream] = {}
         self._steps: dict[int, HybridStep] = {}  # by number of sequences
 
@@ -65,7 +70,13 @@ class HybridDecoder:
         step = self._steps.get(len(token_ids))
         if step is None:
             step = self._steps[len(token_ids)] = HybridStep(self, len(token_ids))
-        return step.run(token_ids, batch)
+        logits = step.run(token_ids, batch)
+        self._note_experts()
+        return logits
+
+    def _note_experts(self) -> None:
+        if self._trace is not None and self.handoff is not None:
+            self.handoff.trace_to(self._trace)
 
     def close(self) -> None:
         """Waits for what is queued, and ends the thread of the experts before their buffers go."""
@@ -94,7 +105,7 @@ class HybridStep:
         if num_seqs > half:
             self._lanes.append(_Lane(decoder, "b", num_seqs - half))
         self._head_on_device = all(
-            backend.runtime is not None
+            backend.runtime is self._last
             for backend in (self._network.norm.backend, self._network.head.backend)
         )
         width = self._network.config.vocab_size if self._head_on_device else self._network.config.hidden_size
@@ -120,14 +131,17 @@ class HybridStep:
                 self._enqueue()
             stream.record().synchronize(STEP_IS_DONE)
         except BaseException:
-            self._drain()
+            decoder.wait()  # the next step finds all as it was
             raise
         if decoder.handoff is not None:
             decoder.handoff.check()
         self._is_warm = True
         result = self._result.clone()
         self._last.discard(self._result)
-        return result if self._head_on_device else self._network.compute_logits(result)
+        if self._head_on_device:
+            return result
+        logits: torch.Tensor = self._network.compute_logits(result)
+        return logits if logits.is_cpu else logits.cpu()
 
     def _enqueue(self) -> None:
         """Everything between the pinned inputs and the pinned result."""
@@ -136,7 +150,12 @@ class HybridStep:
         for lane in others:
             assert start is not None
             lane.streams[self._first].wait(start, LANE_STARTS)
-        hidden_states = self._hidden_states = self._run_layers()
+        try:
+            hidden_states = self._hidden_states = self._run_layers()
+        except BaseException:
+            for lane in self._lanes:
+                lane.abandon()
+            raise
         with one.current():
             for lane in others:
                 self._last.current.wait(lane.streams[self._last].record(), LANE_ENDS)
@@ -171,12 +190,6 @@ class HybridStep:
             lane.fill(token_ids, batch, slice(start, start + lane.num_seqs))
             start += lane.num_seqs
 
-    def _drain(self) -> None:
-        """Brings what is queued to its end after an exception, so that the next step finds all as it was."""
-        for lane in self._lanes:
-            lane.abandon()
-        self._decoder.wait()
-
 
 class _Lane:
     """Streams, a stream of each device, and inputs of some sequences of a step, with what hands their experts
@@ -192,8 +205,8 @@ class _Lane:
         self._batch["query_start"].copy_(torch.arange(num_seqs + 1))
         self._batch["block_tables"] = first.pinned((num_seqs, decoder.max_blocks), torch.int32)
         self._batch["block_tables"].fill_(-1)
-        self._rows: torch.Tensor | None = None  # of an embedding on the host
-        if self._network.embedding.backend.runtime is None:
+        self._rows: torch.Tensor | None = None  # of an embedding on the host or on another device
+        if self._network.embedding.backend.runtime is not first:
             self._rows = first.pinned((num_seqs, self._network.config.hidden_size), torch.float32)
         self._handoff = HandoffLane(decoder.handoff, num_seqs) if decoder.handoff is not None else None
 
@@ -222,6 +235,7 @@ class _Lane:
                     yield
 
     def abandon(self) -> None:
+        """Queues the waits for experts that an exception left out, or drops them with the capture."""
         if self._handoff is not None:
             with on_streams(self.streams):
                 self._handoff.abandon()
@@ -239,10 +253,14 @@ def layer_backends(network: Any) -> list[Backend]:
 def can_decode(network: Any) -> bool:
     """Whether `HybridDecoder` takes a network: the layers are on devices with streams, and their experts
     there too or where `hybrid.moe.handoff` finds them."""
-    experts = [backend for moe in network.moes.values() for backend in moe.experts.backends]
     return all(backend.runtime is not None for backend in layer_backends(network)) and all(
-        backend.runtime is not None or backend.serves_handoff for backend in experts
+        backend.runtime is not None or backend.serves_handoff for backend in expert_backends(network)
     )
+
+
+def expert_backends(network: Any) -> list[Backend]:
+    """Backends of the routed experts of all layers."""
+    return [backend for moe in network.moes.values() for backend in moe.experts.backends]
 
 
 def _hand_over(network: Any) -> Handoff | None:

@@ -9,13 +9,14 @@ import torch
 
 from hybrid.backends.base import Backend
 from hybrid.backends.locality import Locality
+from hybrid.backends.streams import Runtime
 from hybrid.config import KVFormat
 from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
 from hybrid.models.hybrid_step import HybridDecoder, can_decode
-from hybrid.models.layer_steps import LayerSteps, run_layers
+from hybrid.models.layer_steps import LayerSteps, run_layers, traced_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
@@ -24,6 +25,7 @@ from hybrid.moe.usage import Phase, UsageCounter
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
 from hybrid.placement.usage import PHASES, Usage
+from hybrid.trace import Trace
 
 # A recording keeps every intermediate result, 57 MB a sequence for DeepSeek-V3, and there is one for each
 # number of sequences; the more there are, the less the time of Python matters.
@@ -50,6 +52,7 @@ class Model:
         loaded_bytes: dict[tuple[str, str], int],
         *,
         use_graphs: bool = True,
+        trace: Trace | None = None,
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -58,7 +61,10 @@ class Model:
         self._network, self._backends = network, backends
         self._num_blocks = 0
         self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
-        self._use_graphs = use_graphs
+        self._use_graphs, self._trace = use_graphs, trace
+        if trace is not None:
+            for runtime in self._runtimes:
+                runtime.start_trace(trace)
         self._hybrid: HybridDecoder | None = None
         self._phase = Phase()
         self._usage: dict[int, UsageCounter] | None = None
@@ -86,6 +92,10 @@ class Model:
         """Bytes of cache a token takes over all layers."""
         return int(self.config.num_layers * cache_row_bytes(self.config.cache_width, self.kv_format))
 
+    @property
+    def _runtimes(self) -> list[Runtime]:
+        return [backend.runtime for backend in self._backends.values() if backend.runtime is not None]
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
         self._num_blocks = num_blocks
@@ -103,7 +113,7 @@ class Model:
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
         self._tokens["decode" if self._phase.decodes else "prompt"] += len(token_ids)
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
-        return steps
+        return steps if self._trace is None else traced_layers(steps, self._trace, len(token_ids))
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies cache blocks in all layers, each from the first to the second of a pair."""
@@ -122,7 +132,10 @@ class Model:
         """
         self._phase.decodes = True
         try:
-            return self._decode(token_ids, batch)
+            if self._trace is None:
+                return self._decode(token_ids, batch)
+            with self._trace.span("engine", f"decode step of {len(token_ids)}", "step"):
+                return self._decode(token_ids, batch)
         finally:
             self._phase.decodes = False
 
@@ -167,7 +180,9 @@ class Model:
 
     def _begin_decoding(self) -> None:
         if can_decode(self._network):
-            self._hybrid = HybridDecoder(self._network, self._num_blocks, use_graphs=self._use_graphs)
+            self._hybrid = HybridDecoder(
+                self._network, self._num_blocks, use_graphs=self._use_graphs, trace=self._trace
+            )
 
     def _end_decoding(self) -> None:
         """Drops what steps keep of the cache and of threads."""
@@ -189,9 +204,14 @@ class Model:
         return 0 if pool is None else int(pool.moe_experts)
 
     def close(self) -> None:
-        """Frees weights, cache and threads. The model must not be used afterwards."""
+        """Frees weights, cache and threads, and writes the trace. The model must not be used afterwards."""
         self._end_decoding()
         self._network = None
+        if self._trace is not None:
+            for runtime in self._runtimes:
+                runtime.stop_trace()
+            self._trace.write()
+            self._trace = None
         close_backends(self._backends)
 
 
@@ -206,6 +226,7 @@ def load_model(
     config: Any = None,
     packed_cache: Path | None = None,
     use_graphs: bool = True,
+    trace: Trace | None = None,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -222,6 +243,7 @@ def load_model(
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
         use_graphs: whether decode steps of devices are captured once and replayed.
+        trace: notes what runs when, and is written when the model is closed.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
@@ -245,7 +267,7 @@ def load_model(
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs)
+    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, trace=trace)
 
 
 def pack_model(

@@ -18,6 +18,7 @@ from hybrid.backends.base import Backend
 from hybrid.backends.streams import Runtime
 from hybrid.errors import DeviceError
 from hybrid.kernels import cpu
+from hybrid.trace import Span, Trace
 
 LIMIT_S = 60.0  # a layer that takes longer is stuck
 SUBMIT, WAIT = "experts are submitted", "experts are computed"
@@ -51,8 +52,8 @@ class Handoff:
         lane: the buffers to use now; ``None``: experts are computed where they lie, as the caller waits.
     """
 
-    def __init__(self, backend: Any, limit_s: float = LIMIT_S) -> None:
-        self.native = cpu.Handoff(backend.pool, limit_s=limit_s)
+    def __init__(self, backend: Any) -> None:
+        self.native = cpu.Handoff(backend.pool, limit_s=LIMIT_S)
         self.lane: HandoffLane | None = None
         self.stacks: list[HandedStack] = []
 
@@ -65,6 +66,12 @@ class Handoff:
         self.lane = None
         self.stacks.clear()
         del self.native
+
+    def trace_to(self, trace: Trace) -> None:
+        """Adds the layers that were computed since the last call; the first notes none."""
+        for layer, start_ns, end_ns in self.native.take_recorded():
+            trace.add(Span("cpu experts", f"experts of layer {layer}", "cpu", start_ns, end_ns))
+        self.native.record(True)
 
     def check(self) -> None:
         """Raises `DeviceError`, with the layer, if one has failed or took too long."""

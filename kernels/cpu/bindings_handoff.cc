@@ -1,6 +1,8 @@
 #include "bindings_handoff.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings_address.h"
 #include "handoff.h"
@@ -25,6 +27,12 @@ Address add_job(Handoff& handoff, int32_t layer, const PackedMatrix& gate, const
   return reinterpret_cast<Address>(handoff.add(layer, gate, up, down, buffers));
 }
 
+std::vector<std::tuple<int32_t, int64_t, int64_t>> take_recorded(Handoff& handoff) {
+  std::vector<std::tuple<int32_t, int64_t, int64_t>> found;
+  for (const auto& done : handoff.take_recorded()) found.emplace_back(done.layer, done.begin_ns, done.end_ns);
+  return found;
+}
+
 void* job_at(Address job) { return pointer<void>(job, "Handoff", "job"); }
 
 }  // namespace
@@ -38,6 +46,8 @@ void bind_handoff(nb::module_& m) {
       .def("check", &Handoff::check, "Raises RuntimeError, with the layer, if a job has failed.")
       .def_prop_ro("busy_s", &Handoff::busy_s)
       .def_prop_ro("num_done", &Handoff::num_done)
+      .def("record", &Handoff::record, "on"_a, "Whether jobs are noted for `take_recorded`.")
+      .def("take_recorded", &take_recorded, "(layer, begin_ns, end_ns) of jobs done since the last call, by the monotonic clock.")
       .def_static("submit", [](Address job) { Handoff::submit(job_at(job)); }, "job"_a, Unlocked())
       .def_static("wait", [](Address job) { Handoff::wait(job_at(job)); }, "job"_a, Unlocked())
       .def_prop_ro_static("submit_address", [](nb::handle) { return reinterpret_cast<Address>(&Handoff::submit); },

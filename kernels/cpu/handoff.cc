@@ -23,6 +23,8 @@ using Clock = std::chrono::steady_clock;
 // core of the pool.
 constexpr auto kSpin = std::chrono::microseconds(30);
 
+constexpr size_t kMostRecorded = 1 << 14;
+
 template <class Done>
 void spin_until(Done done) {
   const auto deadline = Clock::now() + kSpin;
@@ -30,6 +32,8 @@ void spin_until(Done done) {
 }
 
 std::string number(int64_t n) { return std::to_string(n); }
+
+int64_t nanoseconds(Clock::time_point when) { return std::chrono::nanoseconds(when.time_since_epoch()).count(); }
 
 }  // namespace
 
@@ -138,6 +142,19 @@ void Handoff::check() const {
   if (!failure_.empty()) throw std::runtime_error("handing MoE layers to the CPU failed at " + failure_);
 }
 
+void Handoff::record(bool on) {
+  const std::lock_guard<std::mutex> hold(lock_);
+  recording_ = on;
+  if (on) recorded_.reserve(kMostRecorded);
+}
+
+std::vector<Handoff::Done> Handoff::take_recorded() {
+  const std::lock_guard<std::mutex> hold(lock_);
+  std::vector<Done> found(recorded_);
+  recorded_.clear();  // its memory stays: the service thread allocates none
+  return found;
+}
+
 void Handoff::serve() {
   while (Job* job = next_job()) run(*job);
 }
@@ -165,10 +182,12 @@ void Handoff::run(Job& job) noexcept {
   } catch (...) {
     fail(job, "an unknown exception");
   }
-  busy_ns_.fetch_add(std::chrono::nanoseconds(Clock::now() - begin).count(), std::memory_order_relaxed);
+  const auto end = Clock::now();
+  busy_ns_.fetch_add(std::chrono::nanoseconds(end - begin).count(), std::memory_order_relaxed);
   num_done_.fetch_add(1, std::memory_order_relaxed);
   {
     const std::lock_guard<std::mutex> hold(lock_);
+    if (recording_ && recorded_.size() < kMostRecorded) recorded_.push_back({job.layer, nanoseconds(begin), nanoseconds(end)});
     job.state.store(Job::kFinished, std::memory_order_release);
   }
   finished_.notify_all();

@@ -66,6 +66,15 @@ class Handoff {
   double busy_s() const { return static_cast<double>(busy_ns_.load(std::memory_order_relaxed)) * 1e-9; }
   int64_t num_done() const { return num_done_.load(std::memory_order_relaxed); }
 
+  // A job that was done, for traces: its layer and when, in nanoseconds of the system's monotonic clock.
+  struct Done {
+    int32_t layer;
+    int64_t begin_ns, end_ns;
+  };
+  // Whether jobs are noted from now on; those noted since the last call, the first 16384 of them.
+  void record(bool on);
+  std::vector<Done> take_recorded();
+
  private:
   void end_service();
   void serve();
@@ -86,6 +95,8 @@ class Handoff {
   size_t first_ = 0, count_ = 0;
   bool stop_ = false, stuck_ = false;
   std::string failure_;
+  bool recording_ = false;
+  std::vector<Done> recorded_;
 
   std::atomic<int64_t> pending_{0};  // jobs in the queue, for those who spin
   std::atomic<int64_t> busy_ns_{0}, num_done_{0};

@@ -52,15 +52,24 @@ def experts_in_ram(*devices: str, layers: int = 3) -> dict[str, Any]:
 
 
 class Decoding:
-    """Texts of a model, one block each, that move to other blocks before every step."""
+    """Texts of a model, one block each, that move to other blocks before every step. Each is ``wrap`` tokens
+    long and begun again."""
 
-    def __init__(self, model: Model, num_seqs: int, seed: int = 0) -> None:
-        self.model, self.num_seqs, self.position = model, num_seqs, 0
+    def __init__(self, model: Model, num_seqs: int, seed: int = 0, wrap: int = 64) -> None:
+        self.model, self.num_seqs, self.position, self.wrap = model, num_seqs, 0, wrap
         self._generator = torch.Generator().manual_seed(seed)
         model.allocate_cache(NUM_BLOCKS)
 
     def step(self) -> torch.Tensor:
-        """Logits ``[num_seqs, vocab]`` after a random token of each text."""
+        """Logits ``[num_seqs, vocab]`` after a random token of each text. What fails can be tried again."""
+        state = self._generator.get_state()
+        try:
+            return self._step()
+        except BaseException:
+            self._generator.set_state(state)
+            raise
+
+    def _step(self) -> torch.Tensor:
         here = self.position % 2 * self.num_seqs
         there = self.num_seqs - here
         pairs = [(there + s, here + s) for s in range(self.num_seqs)]
@@ -78,7 +87,7 @@ class Decoding:
         with torch.inference_mode():
             self.model.copy_blocks(pairs)
             logits = self.model.decode(ids, batch)
-        self.position += 1
+        self.position = (self.position + 1) % self.wrap
         return logits
 
     def steps(self, count: int) -> torch.Tensor:

@@ -3,7 +3,12 @@ delays, and none of the waits can be left out."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import itertools
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,12 @@ import pytest
 import torch
 
 from hybrid.backends import streams as stream_sites
-from hybrid.backends.fake_streams import FakeOptions
+from hybrid.backends.fake import FakeBackend
+from hybrid.backends.fake_gpu import FakeGpuBackend
+from hybrid.backends.fake_streams import FakeEvent, FakeOptions
 from hybrid.errors import DeviceError
+from hybrid.layers.linear import Linear
+from hybrid.layers.mlp import MLP
 from hybrid.models import hybrid_step
 from hybrid.models import weights as weights_module
 from hybrid.models.loader import Model
@@ -106,27 +115,36 @@ SITES = {
     stream_sites.HANDOVER,
     stream_sites.HANDOVER_READ,
 }
-STEPS = 5
+STEPS = 4
 
 
-def sites_of(load: Load, use_graphs: bool) -> dict[str, int]:
-    """How often each wait is met in the steps of `notices`."""
+def count_sites(load: Load, use_graphs: bool) -> Counter[str]:
+    """How often each wait is met in one step of Python's: the last, or the captured one."""
     options = FakeOptions()
-    Decoding(load(PLACES["two devices"], options, use_graphs=use_graphs), 3).steps(STEPS)
-    return dict(options.sites)
+    decoding = Decoding(load(PLACES["two devices"], options, use_graphs=use_graphs), 3)
+    decoding.step()
+    options.sites.clear()
+    decoding.step()
+    return options.sites
 
 
 def test_all_waits_are_known(load):
-    assert set(sites_of(load, True)) == set(sites_of(load, False)) == SITES
+    assert set(count_sites(load, True)) == set(count_sites(load, False)) == SITES
 
 
-def notices(load: Load, use_graphs: bool, reference: torch.Tensor, drop: tuple[str, int | None]) -> bool:
-    """Whether steps without a wait fail or give other numbers, with delays of some seed."""
-    for seed in range(12):
-        options = FakeOptions(seed=seed, max_delay_s=3e-3, drop=drop)
+def is_noticed(load: Load, use_graphs: bool, reference: torch.Tensor, drop: tuple[str, int | None]) -> bool:
+    """Whether steps without a wait fail or give other numbers than the reference, when one stream is slow.
+
+    The first step is whole, so that the n-th wait of a site is the n-th of the step that is captured.
+    """
+    for slow in (f"{device} {stream}" for stream in ("main", "b", "a") for device in PLACES["two devices"]):
+        options = FakeOptions()
+        decoding = Decoding(load(PLACES["two devices"], options, use_graphs=use_graphs), 3)
+        first = decoding.step()
+        options.sites.clear()
+        options.slow, options.drop = slow, drop
         try:
-            model = load(PLACES["two devices"], options, use_graphs=use_graphs)
-            if not torch.equal(Decoding(model, 3).steps(STEPS), reference):
+            if not torch.equal(torch.stack([first, *decoding.steps(STEPS - 1)]), reference):
                 return True
         except DeviceError:
             return True
@@ -136,6 +154,122 @@ def notices(load: Load, use_graphs: bool, reference: torch.Tensor, drop: tuple[s
 @pytest.mark.parametrize("use_graphs", [True, False])
 @pytest.mark.parametrize("site", sorted(SITES))
 def test_no_wait_can_be_left_out(load, monkeypatch, site, use_graphs):
+    """Neither all waits of a site nor any single one of them."""
     monkeypatch.setattr(handoff_module, "LIMIT_S", 2.0)
     reference = Decoding(load(PLACES["two devices"]), 3).steps(STEPS)
-    assert notices(load, use_graphs, reference, (site, None))
+    assert is_noticed(load, use_graphs, reference, (site, None))
+    # Two tensors cross between devices together, so that the waits for one are there for the other.
+    alone = () if site in (stream_sites.HANDOVER, stream_sites.HANDOVER_READ) else range(99)
+    for number in alone[: count_sites(load, use_graphs)[site]]:
+        assert is_noticed(load, use_graphs, reference, (site, number)), f"wait {number} of the step"
+
+
+def test_the_waits_of_a_single_device(load):
+    sites = {site for site in SITES if "device" not in site}
+    options = FakeOptions()
+    Decoding(load(PLACES["one device"], options), 3).steps(2)
+    assert set(options.sites) == sites
+
+
+def test_a_layer_that_fails_is_named(load, monkeypatch):
+    model = load(PLACES["one device"])
+    Decoding(model, 1).steps(3)
+    route = FakeGpuBackend.route
+
+    def wrong(self, *args):
+        ids, weights = route(self, *args)
+        ids.fill_(99)
+        return ids, weights
+
+    monkeypatch.setattr(FakeGpuBackend, "route", wrong)
+    with pytest.raises(DeviceError, match=r"at layer 1: moe: topk_ids of token 0, slot 0 is 99"):
+        Decoding(model, 1).step()
+
+
+def test_a_layer_that_takes_too_long_is_named(load, monkeypatch):
+    monkeypatch.setattr(handoff_module, "LIMIT_S", 1e-7)
+    model = load(PLACES["one device"], FakeOptions(seed=1))
+    decoding = Decoding(model, 2)
+    begin = time.perf_counter()
+    with pytest.raises(DeviceError, match=r"at layer [12]: the CPU has not finished it after"):
+        for _ in range(200):  # a thread that wakes late finds the layer finished
+            decoding.step()
+    with pytest.raises(DeviceError, match=r"at layer [12]"):  # and it stays so
+        decoding.step()
+    assert time.perf_counter() - begin < 60
+
+
+def test_a_device_that_fails_ends_the_step(load, monkeypatch):
+    model = load(PLACES["two devices"], FakeOptions(max_delay_s=1e-3))
+    Decoding(model, 3).steps(3)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("broken kernel")
+
+    monkeypatch.setattr(FakeBackend, "mlp", broken)
+    with pytest.raises(
+        DeviceError, match=r"fakegpu:0: mlp on stream '[ab]' failed: ValueError\('broken kernel'\)"
+    ):
+        Decoding(model, 3).step()
+
+
+# What Python runs at three moments of a step, and at which call of it the step is interrupted.
+MOMENTS = {
+    "between submit and wait": (MLP, "__call__", 2),  # the shared expert, behind a dense layer of each lane
+    "before the capture ends": (Linear, "__call__", 0),  # the head
+    "while the host waits": (FakeEvent, "synchronize", 0),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_an_interrupted_step_is_made_again(load, monkeypatch, moment, use_graphs):
+    reference = Decoding(load(PLACES["two devices"]), 3).steps(STEPS)
+    options = FakeOptions(seed=3, max_delay_s=2e-3)
+    decoding = Decoding(load(PLACES["two devices"], options, use_graphs=use_graphs), 3)
+    found = [decoding.step()]
+    class_, name, number = MOMENTS[moment]
+    original, calls = getattr(class_, name), itertools.count()
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(class_, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoding.step()
+    found += [decoding.step() for _ in range(STEPS - 1)]
+    assert torch.equal(torch.stack(found), reference)
+
+
+def test_nothing_is_left_behind_by_thousands_of_steps(load):
+    model = load(PLACES["two devices"])
+    decoding = Decoding(model, 3, wrap=60)
+    decoding.steps(20)
+
+    def counts() -> tuple[int, ...]:
+        gc.collect()
+        decoder = model._hybrid
+        assert decoder is not None and decoder.handoff is not None
+        devices = [
+            (runtime.num_tensors, len(runtime._streams), len(runtime._pinned)) for runtime in decoder.runtimes
+        ]
+        tensors = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+        return (*itertools.chain(*devices), tensors, threading.active_count())
+
+    before, done = counts(), model._hybrid.handoff.native.num_done
+    for _ in range(2000):
+        decoding.step()
+    assert counts() == before
+    # Two layers of experts for each of two lanes.
+    assert model._hybrid.handoff.native.num_done - done == 2000 * 2 * 2
+
+
+def test_closing_ends_all_threads(load):
+    before = threading.active_count()
+    model = load(PLACES["two devices"], FakeOptions(seed=2, max_delay_s=2e-3))
+    Decoding(model, 3).steps(3)
+    assert threading.active_count() > before
+    model.close()
+    assert threading.active_count() == before
