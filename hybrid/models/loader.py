@@ -14,11 +14,14 @@ from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
+from hybrid.models.expert_cache import make_copies
 from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
+from hybrid.moe.cache import PolicyOptions
+from hybrid.moe.copies import CopyStats, ExpertCopies
 from hybrid.moe.reduction import ExpertCount
 from hybrid.moe.usage import Phase, UsageCounter
 from hybrid.placement.capabilities import cache_row_bytes
@@ -50,6 +53,7 @@ class Model:
         loaded_bytes: dict[tuple[str, str], int],
         *,
         use_graphs: bool = True,
+        copies: ExpertCopies | None = None,
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -62,6 +66,7 @@ class Model:
         self._hybrid: HybridDecoder | None = None
         self._phase = Phase()
         self._usage: dict[int, UsageCounter] | None = None
+        self._copies = copies
         self._tokens = dict.fromkeys(PHASES, 0)  # since they are counted
 
     @property
@@ -101,6 +106,8 @@ class Model:
         """`forward` with a pause after each layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
+        if not self._phase.decodes:
+            self._between_steps(len(token_ids))
         self._tokens["decode" if self._phase.decodes else "prompt"] += len(token_ids)
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
         return steps
@@ -120,6 +127,7 @@ class Model:
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
+        self._between_steps(len(token_ids))
         self._phase.decodes = True
         try:
             return self._decode(token_ids, batch)
@@ -139,6 +147,15 @@ class Model:
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
         return step.run(self._network, backends[0], token_ids, batch)
+
+    def _between_steps(self, num_tokens: int) -> None:
+        if self._copies is not None:
+            self._copies.between_steps(num_tokens)
+
+    @property
+    def copy_stats(self) -> CopyStats | None:
+        """What copies of experts did; ``None`` where there are none. Any thread may ask."""
+        return None if self._copies is None else self._copies.stats
 
     def count_usage(self) -> None:
         """Counts from now on which experts tokens use. What is not counted costs nothing: decode steps that
@@ -178,6 +195,9 @@ class Model:
 
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
         self._end_decoding()
         self._network = None
         close_backends(self._backends)
@@ -194,6 +214,7 @@ def load_model(
     config: Any = None,
     packed_cache: Path | None = None,
     use_graphs: bool = True,
+    cache_options: PolicyOptions | None = None,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -209,6 +230,7 @@ def load_model(
             the loading and leaves nothing behind.
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
+        cache_options: how a dynamic expert cache decides.
         use_graphs: whether decode steps of devices are captured once and replayed.
 
     Raises:
@@ -218,7 +240,8 @@ def load_model(
     family = family_of(file)
     if config is None:
         config = family.read_config(file)
-    backends = create_backends(plan.devices, num_threads)
+    cached = [] if plan.expert_cache is None else [plan.expert_cache.device]
+    backends = create_backends(dict.fromkeys([*plan.devices, *cached]), num_threads)
     try:
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
@@ -230,10 +253,15 @@ def load_model(
         network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
+        copies = None
+        if plan.expert_cache is not None:
+            copies = make_copies(network, plan.expert_cache, backends, cache_options)
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs)
+    return Model(
+        network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, copies=copies
+    )
 
 
 def pack_model(

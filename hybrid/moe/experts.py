@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hybrid.backends.base import Backend
+from hybrid.moe.copies import LayerCopies
 from hybrid.moe.handoff import HandedStack, Handoff
 
 
@@ -29,8 +30,14 @@ class ExpertStack:
 class Experts:
     """``[T, hidden]`` and the router's ids and weights ``[T, k]`` -> ``[T, hidden]`` on the first device.
 
-    The parts of several devices are summed in the order of their stacks. Every expert is in one stack.
+    The parts of several devices are summed in the order of their stacks, that of `copies` last. Every expert
+    is in one stack.
+
+    Attributes:
+        copies: of some experts on another device, which computes those instead; ``None``: there are none.
     """
+
+    copies: LayerCopies | None = None
 
     def __init__(self, stacks: Sequence[ExpertStack], num_experts: int) -> None:
         self.backend = stacks[0].backend
@@ -42,11 +49,16 @@ class Experts:
     @property
     def can_record(self) -> bool:
         """Whether nothing but operations of one backend takes part, see `Backend.record`."""
-        return all(places is None for _, places in self._parts)
+        return self.copies is None and all(places is None for _, places in self._parts)
 
     @property
     def backends(self) -> list[Backend]:
-        return [stack.backend for stack, _ in self._parts]
+        copies = [] if self.copies is None else [self.copies.backend]
+        return [stack.backend for stack, _ in self._parts] + copies
+
+    @property
+    def stacks(self) -> list[ExpertStack]:
+        return [stack for stack, _ in self._parts]
 
     def hand_over(self, handoff: Handoff, layer: int, home: Backend, num_experts_per_tok: int) -> None:
         """From now on lanes of ``handoff`` take the stacks of backends that work for others, and the sum is
@@ -76,9 +88,14 @@ class Experts:
         lane = None if self._handoff is None else self._handoff.lane
         home = self.backend if lane is None else self._home
         pending = {}
+        compute = None
+        if self.copies is not None:
+            topk_ids, compute = self.copies.split(x, topk_ids, topk_weights)
         if lane is not None:
             for slot, handed in self._handed.items():
                 pending[slot] = lane.submit(handed, x, topk_ids, topk_weights)
+        # Behind what is handed over, and before what is computed here while the device works.
+        copied = None if compute is None else compute(bool(pending))
         done = {
             slot: _run(stack, places, x, topk_ids, topk_weights)
             for slot, (stack, places) in enumerate(self._parts)
@@ -90,6 +107,8 @@ class Experts:
             first, *others = map(home.receive, parts)
             for part in others:
                 home.add(part, first)
+            if copied is not None:
+                home.add(home.receive(copied), first)
             return first
 
         return finish
