@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
 from hybrid.models.expert_cache import make_copies
+from hybrid.models.expert_streams import stream_experts
 from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
@@ -22,7 +24,9 @@ from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.cache import PolicyOptions
 from hybrid.moe.copies import CopyStats, ExpertCopies
+from hybrid.moe.divide import StreamRates
 from hybrid.moe.reduction import ExpertCount
+from hybrid.moe.streaming import Ring
 from hybrid.moe.usage import Phase, UsageCounter
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
@@ -54,6 +58,7 @@ class Model:
         *,
         use_graphs: bool = True,
         copies: ExpertCopies | None = None,
+        rings: Sequence[Ring] = (),
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -66,7 +71,7 @@ class Model:
         self._hybrid: HybridDecoder | None = None
         self._phase = Phase()
         self._usage: dict[int, UsageCounter] | None = None
-        self._copies = copies
+        self._copies, self._rings = copies, rings
         self._tokens = dict.fromkeys(PHASES, 0)  # since they are counted
 
     @property
@@ -198,6 +203,8 @@ class Model:
         if self._copies is not None:
             self._copies.close()
             self._copies = None
+        for ring in self._rings:
+            ring.close()
         self._end_decoding()
         self._network = None
         close_backends(self._backends)
@@ -215,6 +222,7 @@ def load_model(
     packed_cache: Path | None = None,
     use_graphs: bool = True,
     cache_options: PolicyOptions | None = None,
+    stream_rates: StreamRates | None = None,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -230,6 +238,8 @@ def load_model(
             the loading and leaves nothing behind.
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
+        stream_rates: what computing an expert of a prompt on the CPU and streaming it to the device of its
+            layer cost; ``None``: none are streamed.
         cache_options: how a dynamic expert cache decides.
         use_graphs: whether decode steps of devices are captured once and replayed.
 
@@ -253,6 +263,10 @@ def load_model(
         network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
+        rings: list[Ring] = []
+        if stream_rates is not None:
+            rates = dict.fromkeys(network.moes, stream_rates)
+            rings = stream_experts(network, rates)
         copies = None
         if plan.expert_cache is not None:
             copies = make_copies(network, plan.expert_cache, backends, cache_options)
@@ -260,8 +274,9 @@ def load_model(
         close_backends(backends)
         raise
     return Model(
-        network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, copies=copies
-    )
+        network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, copies=copies,
+        rings=rings,
+    )  # fmt: skip
 
 
 def pack_model(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,13 @@ class CopySource:
     def shapes(self) -> tuple[PackedShape, ...]:
         return tuple(map(self.backend.packed_shape, self.weights))
 
-    def read(self, expert: int, out: Sequence[torch.Tensor]) -> None:
-        """Packed bytes of an expert's matrices."""
+    def read(
+        self, expert: int, out: Sequence[torch.Tensor], map_: Callable[..., Iterable[object]] = map
+    ) -> None:
+        """Packed bytes of an expert's matrices; ``map_`` may work on several at once."""
         index = expert if self.experts is None else self.experts.index(expert)
-        for weight, piece in zip(self.weights, out, strict=True):
-            self.backend.read_packed(weight, index, piece)
+        for _ in map_(self.backend.read_packed, self.weights, [index] * len(out), out):
+            pass
 
 
 @dataclass

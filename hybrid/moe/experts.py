@@ -10,7 +10,8 @@ import torch
 
 from hybrid.backends.base import Backend
 from hybrid.moe.copies import LayerCopies
-from hybrid.moe.handoff import HandedStack, Handoff
+from hybrid.moe.handoff import HandedStack, Handoff, HandoffLane
+from hybrid.moe.streaming import StreamedExperts
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class Experts:
 
     Attributes:
         copies: of some experts on another device, which computes those instead; ``None``: there are none.
+        streamed: what computes experts of long prompts on a device; ``None``: nothing does.
     """
 
     copies: LayerCopies | None = None
+    streamed: StreamedExperts | None = None
 
     def __init__(self, stacks: Sequence[ExpertStack], num_experts: int) -> None:
         self.backend = stacks[0].backend
@@ -86,14 +89,55 @@ class Experts:
         """Starts the experts; the function returned gives their sum. What the caller does in between runs
         beside experts that are handed over."""
         lane = None if self._handoff is None else self._handoff.lane
+        if lane is None and self.streamed is not None:
+            return self._begin_streamed(self.streamed, x, topk_ids, topk_weights)
+        return self._begin(lane, x, topk_ids, topk_weights)
+
+    def _begin_streamed(
+        self, streamed: StreamedExperts, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        """With experts of many tokens on the device, where all is summed, while others are computed here."""
+        compute = None
+        if self.copies is not None:
+            topk_ids, compute = self.copies.split(x, topk_ids, topk_weights)
+        # Reading from the device waits for its stream, so it comes before all that is queued for this layer.
+        here = self.backend
+        host_x, host_ids, host_weights = here.receive(x), here.receive(topk_ids), here.receive(topk_weights)
+        copied = None if compute is None else compute(False)
+        experts = streamed.choose(host_ids)
+        taken = torch.isin(host_ids, torch.tensor(experts, dtype=host_ids.dtype))
+        there = streamed.begin(experts, x, host_ids, topk_weights)
+        try:
+            rest = self._begin(None, host_x, host_ids.masked_fill(taken, -1), host_weights, split=False)()
+        except BaseException:
+            there.abandon()
+            raise
+        total = there.finish()
+        streamed.backend.add(streamed.backend.receive(rest), total)
+        if copied is not None:
+            streamed.backend.add(streamed.backend.receive(copied), total)
+        return lambda: total
+
+    def _begin(
+        self,
+        lane: HandoffLane | None,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        split: bool = True,
+    ) -> Callable[[], torch.Tensor]:
         home = self.backend if lane is None else self._home
         pending = {}
         compute = None
-        if self.copies is not None:
+        if split and self.copies is not None:
             topk_ids, compute = self.copies.split(x, topk_ids, topk_weights)
         if lane is not None:
             for slot, handed in self._handed.items():
                 pending[slot] = lane.submit(handed, x, topk_ids, topk_weights)
+        if compute is not None and not pending:
+            # Reading from a device waits for its stream: before more is queued there.
+            x, topk_ids, topk_weights = map(self.backend.receive, (x, topk_ids, topk_weights))
         # Behind what is handed over, and before what is computed here while the device works.
         copied = None if compute is None else compute(bool(pending))
         done = {
