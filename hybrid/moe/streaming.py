@@ -56,6 +56,7 @@ class _Slot:
 class Ring:
     """Slots for experts of some shapes on a device with streams, shared by the layers of these shapes."""
 
+    @torch.inference_mode()  # as steps and the thread that uploads are
     def __init__(self, backend: Backend, source: CopySource, num_slots: int) -> None:
         assert backend.runtime is not None
         self.backend, self.runtime, shapes = backend, backend.runtime, source.shapes
@@ -184,5 +185,6 @@ class StreamedPass:
         # Each token has an expert once at most, so rows of the sum meet one addition each.
         weights = self._weights[tokens, slots][:, None].contiguous()
         ids = torch.zeros_like(weights, dtype=torch.int32) + number
-        part = self._ring.backend.moe(self._x[tokens], *self._ring.stacks, ids, weights)
+        gate, up, down = self._ring.stacks
+        part = self._ring.backend.moe(self._x[tokens], gate, up, down, ids, weights)
         self._out.index_add_(0, tokens, part)
