@@ -30,6 +30,7 @@ from hybrid.backends.streams import Runtime
 from hybrid.config import KVFormat
 from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
+from hybrid.placement.capabilities import matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class RouterConfig:
     expert_threshold: float = 0.0  # `hybrid.moe.reduction` drops experts below it, after `route`
 
 
+@dataclass(frozen=True)
+class PackedShape:
+    """A matrix in one piece of the CPU's packed layout (kernels/cpu/block_formats.h)."""
+
+    type: GGMLType
+    rows: int
+    cols: int
+
+    @property
+    def n_bytes(self) -> int:
+        return matrix_bytes(self.type, "cpu", (1, self.rows, self.cols))
+
+
 class Recording(Protocol):
     """Operations kept by `Backend.record`."""
 
@@ -62,6 +76,7 @@ class Backend(ABC):
     name: str
     device: torch.device
     can_record = False  # whether `record` works
+    can_unpack = False  # whether `allocate_stack` and `unpack` work
     serves_handoff = (
         False  # whether streams of others may have its experts computed, see `hybrid.moe.handoff`
     )
@@ -94,6 +109,22 @@ class Backend(ABC):
     @abstractmethod
     def weight_bytes(self, weight: Any) -> int:
         """Bytes the weight occupies on the device, padding included."""
+
+    def packed_shape(self, weight: Any) -> PackedShape:
+        """Of one matrix of a stack; for `read_packed`."""
+        raise NotImplementedError(f"{self.describe()} packs no weights")
+
+    def read_packed(self, weight: Any, index: int, out: torch.Tensor) -> None:
+        """Copies a matrix of a stack to ``out``, uint8 ``[n_bytes]`` on the host. Any thread may call it."""
+        raise NotImplementedError(f"{self.describe()} packs no weights")
+
+    def allocate_stack(self, shape: PackedShape, count: int) -> Any:
+        """``count`` matrices for `moe`, not initialised, to be filled by `unpack`."""
+        raise NotImplementedError(f"{self.describe()} unpacks no weights")
+
+    def unpack(self, stack: Any, index: int, packed: torch.Tensor) -> None:
+        """Fills a matrix of `allocate_stack` from uint8 ``[n_bytes]`` on this device."""
+        raise NotImplementedError(f"{self.describe()} unpacks no weights")
 
     @abstractmethod
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid.backends.base import Recording, RouterConfig
+from hybrid.backends.base import PackedShape, Recording, RouterConfig
 from hybrid.backends.cpu_attention import CpuAttention
 from hybrid.backends.locality import Locality, locality_of
 from hybrid.backends.mapped_file import MappedFile
@@ -211,6 +211,25 @@ class CpuBackend(CpuAttention):
 
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.nbytes)
+
+    def packed_shape(self, weight: Any) -> PackedShape:
+        return PackedShape(GGMLType(weight.ggml_type), weight.rows, weight.cols)
+
+    def read_packed(self, weight: Any, index: int, out: torch.Tensor) -> None:
+        groups = -(-weight.rows // GROUP_ROWS)
+        target = out.numpy().reshape(groups, -1)
+        parts = weight.parts[:1] if weight.division == "copies" else weight.parts
+        for part in parts:
+            (first, end), (top, bottom), (left, right) = part["batch"], part["rows"], part["cols"]
+            if not first <= index < end:
+                continue
+            # A group holds its columns' blocks one after another.
+            count = -(-(bottom - top) // GROUP_ROWS)
+            start, stop = (target.shape[1] * col // weight.cols for col in (left, right))
+            size = count * (stop - start)
+            content = (ctypes.c_char * size).from_address(part["address"] + (index - first) * size)
+            source = np.frombuffer(content, np.uint8).reshape(count, -1)
+            target[top // GROUP_ROWS : top // GROUP_ROWS + count, start:stop] = source
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.is_cpu else x.to(self.device)

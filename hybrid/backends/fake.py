@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hybrid.backends.base import Backend, RouterConfig
+from hybrid.backends.base import Backend, PackedShape, RouterConfig
 from hybrid.backends.source import TensorSource
 from hybrid.config import KVFormat
-from hybrid.gguf import DEQUANTIZABLE, GGMLType
+from hybrid.gguf import DEQUANTIZABLE, GGMLType, dequantize, row_bytes
+from hybrid.kernels import cpu
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 
 _FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
@@ -31,10 +33,12 @@ _CACHE_SCALE_BLOCK = 32
 
 @dataclass(frozen=True)
 class FloatMatrix:
-    """``[batch, rows, cols]`` float32; ``quantized`` tells whether the file's weights were."""
+    """``[batch, rows, cols]`` float32; ``quantized`` tells whether the file's weights were. ``type`` is the
+    format of what is unpacked into it."""
 
     values: torch.Tensor
     quantized: bool
+    type: GGMLType = GGMLType.F32
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class FakeBackend(Backend):
     """Operations in float32 torch. ``name`` is any device name."""
 
     device = torch.device("cpu")
+    can_unpack = True
 
     def __init__(self, name: str = "fake:0", activation: Literal["f32", "q8"] = "f32") -> None:
         self.name, self.activation = name, activation
@@ -92,6 +97,17 @@ class FakeBackend(Backend):
 
     def weight_bytes(self, weight: Any) -> int:
         return int(weight.values.nbytes)
+
+    def allocate_stack(self, shape: PackedShape, count: int) -> Any:
+        values = torch.full((count, shape.rows, shape.cols), float("nan"))
+        return FloatMatrix(values, shape.type not in _FLOAT_TYPES, shape.type)
+
+    def unpack(self, stack: Any, index: int, packed: torch.Tensor) -> None:
+        _, rows, cols = stack.values.shape
+        matrix = cpu.PackedMatrix.over(int(stack.type), 1, rows, cols, packed.data_ptr())
+        content = np.empty(rows * row_bytes(stack.type, cols), np.uint8)
+        matrix.unpack_rows(0, 0, rows, content.ctypes.data)
+        stack.values[index] = torch.from_numpy(dequantize(content, stack.type, (rows, cols)))
 
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         rows = torch.zeros(num_blocks * BLOCK_SIZE, latent_dim + rope_dim, dtype=_CACHE_DTYPES[fmt])

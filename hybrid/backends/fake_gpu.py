@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from hybrid.backends.base import Backend, RouterConfig
+from hybrid.backends.base import Backend, PackedShape, RouterConfig
 from hybrid.backends.fake import FakeBackend, FloatCache
 from hybrid.backends.fake_streams import FakeOptions, FakeRuntime
 from hybrid.backends.fake_tensor import META, DeviceTensor, plain
@@ -24,6 +24,7 @@ class FakeGpuBackend(Backend):
     """Every operation is one piece of work of the current stream."""
 
     device = META
+    can_unpack = True
     runtime: FakeRuntime
 
     def __init__(
@@ -53,6 +54,12 @@ class FakeGpuBackend(Backend):
 
     def weight_bytes(self, weight: Any) -> int:
         return self._operations.weight_bytes(weight)
+
+    def allocate_stack(self, shape: PackedShape, count: int) -> Any:
+        return self._operations.allocate_stack(shape, count)
+
+    def unpack(self, stack: Any, index: int, packed: torch.Tensor) -> None:
+        self._queue("unpack", None, stack, index, packed)
 
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         return self._operations.allocate_latent_cache(num_blocks, latent_dim, rope_dim, fmt)

@@ -157,13 +157,17 @@ class Engine:
 
     def stats(self, num_requests_running: int, num_requests_waiting: int) -> EngineStats:
         """Any thread may call it."""
-        pool = self.scheduler.pool
+        pool, copies = self.scheduler.pool, self.model.copy_stats
         return EngineStats(
             num_requests_running=num_requests_running,
             num_requests_waiting=num_requests_waiting,
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             kv_cache_tokens=pool.num_blocks * BLOCK_SIZE,
             expert_cpu_seconds_total=self.model.expert_cpu_seconds,
+            expert_cache_uses_total=None if copies is None else copies.uses,
+            expert_cache_hits_total=None if copies is None else copies.hits,
+            expert_cache_copies_total=None if copies is None else copies.copies,
+            h2d_bytes_total=None if copies is None else copies.n_bytes,
             **vars(self.scheduler.counters),
         )
 

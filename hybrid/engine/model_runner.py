@@ -10,6 +10,7 @@ import torch
 from hybrid.engine.batch import Batch, ScheduledSequence
 from hybrid.kvcache.blocks import BLOCK_SIZE, AttentionBatch
 from hybrid.models.layer_steps import LayerSteps
+from hybrid.moe.copies import CopyStats
 from hybrid.moe.reduction import ExpertCount
 from hybrid.placement.usage import Usage
 
@@ -44,6 +45,10 @@ class CausalLM(Protocol):
     @property
     def expert_count(self) -> ExpertCount:
         """Experts chosen and run by now; zeros where none is ever dropped."""
+
+    @property
+    def copy_stats(self) -> CopyStats | None:
+        """What copies of experts did; ``None`` where there are none."""
 
     def count_usage(self) -> None:
         """Count from now on which experts tokens use."""

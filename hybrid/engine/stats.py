@@ -15,6 +15,11 @@ class EngineStats:
         prefix_cache_queries: prompt tokens looked up in the prefix cache.
         prefix_cache_hits: of those, the ones found there.
         prompt_tokens_total: tokens of the prompts accepted, whether computed or found in the prefix cache.
+        expert_cache_uses_total: uses of routed experts that may have copies on a device; ``None``: without
+            such a cache, as the next three.
+        expert_cache_hits_total: of those, the ones that found a copy.
+        expert_cache_copies_total: experts copied, those at the start included.
+        h2d_bytes_total: bytes uploaded for it.
         expert_cpu_seconds_total: time of routed experts on the CPU; ``None`` where it is not measured.
     """
 
@@ -32,6 +37,10 @@ class EngineStats:
     decode_steps_total: int = 0
     decode_seconds_total: float = 0.0
     expert_cpu_seconds_total: float | None = None
+    expert_cache_uses_total: int | None = None
+    expert_cache_hits_total: int | None = None
+    expert_cache_copies_total: int | None = None
+    h2d_bytes_total: int | None = None
 
 
 @dataclass

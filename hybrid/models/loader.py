@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
+from hybrid.models.expert_cache import make_copies
+from hybrid.models.expert_streams import stream_experts
 from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers, traced_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
+from hybrid.moe.cache import PolicyOptions
+from hybrid.moe.copies import CopyStats, ExpertCopies
+from hybrid.moe.divide import StreamRates
 from hybrid.moe.reduction import ExpertCount
+from hybrid.moe.streaming import Ring
 from hybrid.moe.usage import Phase, UsageCounter
 from hybrid.placement.capabilities import cache_row_bytes
 from hybrid.placement.plan import Plan
@@ -53,6 +60,8 @@ class Model:
         *,
         use_graphs: bool = True,
         trace: Trace | None = None,
+        copies: ExpertCopies | None = None,
+        rings: Sequence[Ring] = (),
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -68,6 +77,7 @@ class Model:
         self._hybrid: HybridDecoder | None = None
         self._phase = Phase()
         self._usage: dict[int, UsageCounter] | None = None
+        self._copies, self._rings = copies, rings
         self._tokens = dict.fromkeys(PHASES, 0)  # since they are counted
 
     @property
@@ -111,6 +121,8 @@ class Model:
         """`forward` with a pause after each part of a layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
+        if not self._phase.decodes:
+            self._between_steps(len(token_ids))
         self._tokens["decode" if self._phase.decodes else "prompt"] += len(token_ids)
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
         return steps if self._trace is None else traced_layers(steps, self._trace, len(token_ids))
@@ -130,6 +142,7 @@ class Model:
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
+        self._between_steps(len(token_ids))
         self._phase.decodes = True
         try:
             if self._trace is None:
@@ -152,6 +165,15 @@ class Model:
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
         return step.run(self._network, backends[0], token_ids, batch)
+
+    def _between_steps(self, num_tokens: int) -> None:
+        if self._copies is not None:
+            self._copies.between_steps(num_tokens)
+
+    @property
+    def copy_stats(self) -> CopyStats | None:
+        """What copies of experts did; ``None`` where there are none. Any thread may ask."""
+        return None if self._copies is None else self._copies.stats
 
     def count_usage(self) -> None:
         """Counts from now on which experts tokens use. What is not counted costs nothing: decode steps that
@@ -205,6 +227,11 @@ class Model:
 
     def close(self) -> None:
         """Frees weights, cache and threads, and writes the trace. The model must not be used afterwards."""
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
+        for ring in self._rings:
+            ring.close()
         self._end_decoding()
         self._network = None
         if self._trace is not None:
@@ -227,6 +254,8 @@ def load_model(
     packed_cache: Path | None = None,
     use_graphs: bool = True,
     trace: Trace | None = None,
+    cache_options: PolicyOptions | None = None,
+    stream_rates: StreamRates | None = None,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -242,6 +271,9 @@ def load_model(
             the loading and leaves nothing behind.
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
+        stream_rates: what computing an expert of a prompt on the CPU and streaming it to the device of its
+            layer cost; ``None``: none are streamed.
+        cache_options: how a dynamic expert cache decides.
         use_graphs: whether decode steps of devices are captured once and replayed.
         trace: notes what runs when, and is written when the model is closed.
 
@@ -252,7 +284,8 @@ def load_model(
     family = family_of(file)
     if config is None:
         config = family.read_config(file)
-    backends = create_backends(plan.devices, num_threads)
+    cached = [] if plan.expert_cache is None else [plan.expert_cache.device]
+    backends = create_backends(dict.fromkeys([*plan.devices, *cached]), num_threads)
     try:
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
@@ -264,10 +297,20 @@ def load_model(
         network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
+        rings: list[Ring] = []
+        if stream_rates is not None:
+            rates = dict.fromkeys(network.moes, stream_rates)
+            rings = stream_experts(network, rates)
+        copies = None
+        if plan.expert_cache is not None:
+            copies = make_copies(network, plan.expert_cache, backends, cache_options)
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, trace=trace)
+    return Model(
+        network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, trace=trace,
+        copies=copies, rings=rings,
+    )  # fmt: skip
 
 
 def pack_model(

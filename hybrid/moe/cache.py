@@ -70,7 +70,8 @@ class Slots:
     @property
     def ready(self) -> npt.NDArray[np.bool_]:
         """``[layers, num_experts]``: whether there is a copy that can be used."""
-        return self.table[:, :-1] != _NOWHERE
+        found: npt.NDArray[np.bool_] = self.table[:, :-1] != _NOWHERE
+        return found
 
     def has_free(self, kind: int) -> bool:
         return bool(self._free[kind])

@@ -60,8 +60,7 @@ def plan_cache(
         without = plan.prediction.decode_tps
         with_ = 1 / max(1 / without - chosen.saved_s, 1e-9)
     name = None if profile is None else cache.profile
-    total = sum(len(layer.rates) for layer in layers)
-    return ExpertCachePlan(cache.device, cache.policy, name, chosen, total, with_, without)
+    return ExpertCachePlan(cache.device, cache.policy, name, chosen, tuple(layers), with_, without)
 
 
 def _choose(layers: list[LayerExperts], n_bytes: int, layer_s: float, *, known: bool) -> Chosen:

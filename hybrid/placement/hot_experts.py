@@ -113,7 +113,7 @@ class ExpertCachePlan:
     Attributes:
         profile: file the uses are from; ``None``: all experts are taken to be used alike.
         chosen: the copies it starts with; a dynamic policy replaces them.
-        num_experts: of the model's experts on the CPU, which could have copies.
+        layers: those with experts on the CPU that could have copies, in order.
         decode_tps, without_tps: predicted tokens per second with the cache and without; ``None``: unknown.
     """
 
@@ -121,9 +121,14 @@ class ExpertCachePlan:
     policy: str
     profile: str | None
     chosen: Chosen
-    num_experts: int
+    layers: tuple[LayerExperts, ...]
     decode_tps: float | None
     without_tps: float | None
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that could have copies."""
+        return sum(len(layer.rates) for layer in self.layers)
 
     @property
     def pays(self) -> bool | None:

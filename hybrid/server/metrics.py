@@ -35,7 +35,9 @@ _COUNTERS = (
     ("decode_steps", "decode_steps_total", "Steps without."),
     ("decode_seconds", "decode_seconds_total", "Time of those steps."),
     ("expert_cpu_seconds", "expert_cpu_seconds_total", "Time of the CPU's experts."),
+    ("expert_cache_uses", "expert_cache_uses_total", "Uses of experts that the device's cache may hold."),
     ("expert_cache_hits", "expert_cache_hits_total", "Experts found in the device's cache."),
+    ("expert_cache_copies", "expert_cache_copies_total", "Experts copied to the device's cache."),
     ("h2d_bytes", "h2d_bytes_total", "Bytes copied to devices."),
     ("dram_read_bytes", "dram_read_bytes_total", "Weight bytes read from RAM."),
 )

@@ -100,6 +100,8 @@ class MockModel:
         self.trace.append("decode")
         return self.compute_logits(self.forward(token_ids, batch))
 
+    copy_stats = None
+
     @property
     def expert_count(self) -> ExpertCount:
         return ExpertCount()
