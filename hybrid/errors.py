@@ -66,6 +66,10 @@ class CapacityError(HybridError):
     """Something does not fit: memory on a device, or tokens in the context."""
 
 
+class DeviceError(HybridError):
+    """Work on a device, or handed to the CPU by one, has failed. The model cannot go on; load it again."""
+
+
 class DownloadError(HybridError):
     """A server cannot be reached, refuses, or sends something wrong.
 

@@ -10,6 +10,9 @@ Conventions for every operation:
 - Results for a token do not depend on the other tokens of the call, on their number or on the
   number of threads: the same token gives the same bits alone and in any batch.
 - Arguments are trusted: layers check shapes once, when they are built.
+- With a `runtime`, operations are queued on its current stream, host memory is not touched, and nothing of
+  them waits: all of a step can be captured. Tensors of `AttentionBatch` are on ``backend.device`` too
+  (`receive_batch`), and only their shapes are known to the host.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from hybrid.backends.source import TensorSource
+from hybrid.backends.streams import Runtime
 from hybrid.config import KVFormat
 from hybrid.gguf import GGMLType, GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
@@ -58,6 +62,7 @@ class Backend(ABC):
     name: str
     device: torch.device
     can_record = False  # whether `record` works
+    runtime: Runtime | None = None  # streams, where operations are queued; see `hybrid.backends.streams`
 
     @abstractmethod
     def can_multiply(self, type_: GGMLType) -> bool:
@@ -98,6 +103,10 @@ class Backend(ABC):
     @abstractmethod
     def receive(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, copied to this device unless it is there already."""
+
+    def receive_batch(self, batch: AttentionBatch) -> AttentionBatch:
+        """``batch`` with its tensors on this device, copied there once."""
+        return batch if self.runtime is None else batch.on(self.name, self.receive)
 
     def record(self) -> AbstractContextManager[Recording]:
         """Within it operations run as always and are kept with their tensors; only operations of this backend

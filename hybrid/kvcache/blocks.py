@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +14,8 @@ from hybrid.config import BLOCK_SIZE as BLOCK_SIZE
 class AttentionBatch:
     """Sequences packed one after another on the token axis.
 
-    All tensors are int32 on the host. ``T`` tokens of ``S`` sequences take part in the step.
+    All tensors are int32, on the host unless `on` made them. ``T`` tokens of ``S`` sequences take part in the
+    step.
 
     Attributes:
         positions: ``[T]`` position of each token in its sequence.
@@ -28,6 +30,7 @@ class AttentionBatch:
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
+    _copies: dict[str, AttentionBatch] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Kernels take addresses: another type or a gap between numbers would be read as garbage.
@@ -37,6 +40,14 @@ class AttentionBatch:
                 raise ValueError(f"{name}: expected a contiguous int32 tensor, found {tensor.dtype}")
         if self.block_tables.dtype is not torch.int32 or self.block_tables.stride(1) != 1:
             raise ValueError("block_tables: expected int32 with contiguous rows")
+
+    def on(self, device: str, receive: Callable[[torch.Tensor], torch.Tensor]) -> AttentionBatch:
+        """The batch on a device, by a function that copies a tensor there; copied when it is first asked
+        for."""
+        if device not in self._copies:
+            tensors = self.positions, self.slot_mapping, self.query_start, self.seq_lens, self.block_tables
+            self._copies[device] = AttentionBatch(*map(receive, tensors))
+        return self._copies[device]
 
     @property
     def num_tokens(self) -> int:

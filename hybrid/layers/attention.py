@@ -61,7 +61,7 @@ class MLAAttention:
 
     def __call__(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         backend, w, shape = self.backend, self.weights, self.shape
-        x = backend.receive(x)
+        x, batch = backend.receive(x), backend.receive_batch(batch)
         q_in = x
         if w.q_a is not None and w.q_a_norm is not None:
             q_in = backend.rms_norm(backend.linear(x, w.q_a), w.q_a_norm, shape.eps)
