@@ -62,6 +62,7 @@ class Backend(ABC):
     name: str
     device: torch.device
     can_record = False  # whether `record` works
+    decoding = False  # whether operations are for decoded tokens, or for prompts; arithmetic may differ
     runtime: Runtime | None = None  # streams, where operations are queued; see `hybrid.backends.streams`
 
     @abstractmethod

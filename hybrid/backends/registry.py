@@ -8,13 +8,14 @@ from hybrid.backends.base import Backend
 from hybrid.errors import PlacementError
 
 _FAKE = re.compile(r"^fake:\d+$")
+_CUDA = re.compile(r"^cuda:\d+$")
 
 
 def create_backend(device: str, num_threads: int | None = None) -> Backend:
-    """The backend of ``cpu`` or ``fake:N``.
+    """The backend of ``cpu``, ``cuda:N`` or ``fake:N``.
 
     Raises:
-        PlacementError: this build has no backend for the device.
+        PlacementError: there is no such device, or it cannot be used; the message says what to do.
     """
     if device == "cpu":
         from hybrid.backends.cpu import CpuBackend
@@ -24,4 +25,8 @@ def create_backend(device: str, num_threads: int | None = None) -> Backend:
         from hybrid.backends.fake import FakeBackend
 
         return FakeBackend(device)
-    raise PlacementError(f"device {device!r} is not available: this build runs on cpu and fake:N")
+    if _CUDA.match(device):
+        from hybrid.backends.cuda import CudaBackend
+
+        return CudaBackend(device)
+    raise PlacementError(f"device {device!r} is not available: this build runs on cpu, cuda:N and fake:N")

@@ -90,28 +90,45 @@ class Model:
         """`forward` with a pause after each layer."""
         if token_ids.dtype is not torch.int32 or not token_ids.is_contiguous():
             raise ValueError(f"token_ids: expected a contiguous int32 tensor, found {token_ids.dtype}")
-        steps: LayerSteps = self._network.forward_layers(token_ids, batch)
-        return steps
+        return self._as_prompt(self._network.forward_layers(token_ids, batch))
+
+    def _as_prompt(self, steps: LayerSteps) -> LayerSteps:
+        while True:
+            self._set_phase(decoding=False)  # others may have decoded since the last layer
+            try:
+                next(steps)
+            except StopIteration as done:
+                hidden_states: torch.Tensor = done.value
+                return hidden_states
+            yield
+
+    def _set_phase(self, *, decoding: bool) -> None:
+        for backend in self._backends.values():
+            backend.decoding = decoding
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies cache blocks in all layers, each from the first to the second of a pair."""
         self._network.copy_blocks(pairs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]``."""
+        """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]`` on the host."""
+        self._set_phase(decoding=False)
         logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())
-        return logits
+        return logits.cpu()
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Logits float32 ``[S, vocab]`` after one new token for each of ``S`` sequences.
+        """Logits float32 ``[S, vocab]`` on the host after one new token for each of ``S`` sequences.
 
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences.
         """
+        self._set_phase(decoding=True)
         backends = list(self._backends.values())
         recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
         if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
-            return self.compute_logits(self.forward(token_ids, batch))
+            hidden_states = self._network.forward(token_ids, batch)
+            logits: torch.Tensor = self._network.compute_logits(hidden_states)
+            return logits.cpu()
         step = self._decode_steps.get(len(token_ids))
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)

@@ -112,7 +112,8 @@ def plan_transposed(target: Target, x: torch.Tensor, weight: QuantizedMatrix | t
         constants |= {"DECODE": fmt.decode, "HALF": fmt.half, "PARTS": fmt.parts, "OFFSET": fmt.offset}
         constants["UNITS"] = units
         grid = (triton.cdiv(weight.units, units), heads, blocks)
-        return Plan((Launch(transposed_kernel, grid, args, constants),), (out,))
+        launch = Launch(transposed_kernel, grid, args, constants, max_registers=255)
+        return Plan((launch,), (out,))
     check_tensor(op, "weight", weight, (heads, rows, None), FLOATS, x.device)
     cols = weight.shape[2]
     out = torch.empty(num_tokens, heads, cols, dtype=torch.float32, device=x.device)
