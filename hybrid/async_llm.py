@@ -56,13 +56,14 @@ class AsyncLLM:
         kv_cache_tokens: int | None = None,
         numa: str = "auto",
         packed_cache: str | Path | None = None,
+        cuda_graph: bool = True,
         max_queue: int = 256,
         max_queue_wait_s: float | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            packed_cache,
+            packed_cache, cuda_graph,
         )  # fmt: skip
         limits = QueueLimits(max_queue, max_queue_wait_s)
         self._loaded = load(model, options, progress)

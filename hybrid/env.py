@@ -189,6 +189,9 @@ VARIABLES: dict[str, EnvVar] = {
     "HYBRID_PACKED_CACHE": EnvVar(
         str, "a folder", "keep packed weights in this folder, for faster starts; as large as the model"
     ),
+    "HYBRID_NO_CUDA_GRAPH": EnvVar(
+        boolean, _SWITCH, "queue every decode step of a GPU by Python, to look for faults; the same tokens"
+    ),
     "HYBRID_ISA": EnvVar(
         str,
         "a name `hybrid doctor` lists",

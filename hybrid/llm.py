@@ -60,6 +60,8 @@ class LLM:
         packed_cache: a folder that keeps the weights as the kernels take them: written at the first start,
             mapped into memory later (or copied, where weights have nodes). The files in it must stay as
             they are while the model is in use.
+        cuda_graph: decode steps of GPUs are captured once and replayed; ``False`` has Python queue each of
+            them, to look for faults. The tokens are the same.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -86,11 +88,12 @@ class LLM:
         kv_cache_tokens: int | None = None,
         numa: str = "auto",
         packed_cache: str | Path | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            packed_cache,
+            packed_cache, cuda_graph,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)

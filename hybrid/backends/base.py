@@ -63,6 +63,9 @@ class Backend(ABC):
     device: torch.device
     can_record = False  # whether `record` works
     decoding = False  # whether operations are for decoded tokens, or for prompts; arithmetic may differ
+    serves_handoff = (
+        False  # whether streams of others may have its experts computed, see `hybrid.moe.handoff`
+    )
     runtime: Runtime | None = None  # streams, where operations are queued; see `hybrid.backends.streams`
 
     @abstractmethod

@@ -92,6 +92,7 @@ class CpuBackend(Backend):
     name = "cpu"
     device = _HOST
     can_record = True
+    serves_handoff = True
 
     def __init__(self, num_threads: int | None = None) -> None:
         if num_threads is not None and num_threads < 1:

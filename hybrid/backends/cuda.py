@@ -17,7 +17,7 @@ import torch
 
 from hybrid.backends import cuda_products as products
 from hybrid.backends.base import Backend, RouterConfig
-from hybrid.backends.cuda_device import open_device
+from hybrid.backends.cuda_device import open_device, runtime_of
 from hybrid.backends.cuda_weights import FloatMatrix, Matrix, WeightStore, rows_of
 from hybrid.backends.source import TensorSource
 from hybrid.config import KVFormat
@@ -69,6 +69,7 @@ class CudaBackend(Backend):
     def __init__(self, name: str, half: torch.dtype | None = None) -> None:
         self.name, self.device = name, open_device(name)
         self.half = half or (torch.float32 if INTERPRETED else torch.bfloat16)
+        self.runtime = runtime_of(self.device)
         self._weights = WeightStore(self.device)
         self._head_ids: dict[tuple[int, int], torch.Tensor] = {}  # by number of heads and of tokens
 
@@ -119,12 +120,15 @@ class CudaBackend(Backend):
                     blocks[target].copy_(blocks[source])
 
     def receive(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.device == self.device else x.to(self.device)
+        # Between GPUs torch has the current streams of both wait for each other.
+        return x if x.device == self.device else x.to(self.device, non_blocking=x.is_cuda or x.is_pinned())
 
     def receive_batch(self, batch: AttentionBatch) -> AttentionBatch:
         return batch.on(self.name, self.receive) if batch.host is None else batch
 
     def close(self) -> None:
+        if self.runtime is not None:
+            self.runtime.synchronize()
         self._weights.close()
         self._head_ids.clear()
 
@@ -239,6 +243,8 @@ class CudaBackend(Backend):
         found = self._head_ids.get((heads, size))
         if found is None:  # never dropped: captured steps refer to it
             found = torch.arange(heads, dtype=torch.int32, device=self.device).repeat(size)
+            if self.device.type == "cuda":  # streams that did not make it use it, too
+                torch.cuda.current_stream(self.device).synchronize()
             self._head_ids[heads, size] = found
         return found[: tokens * heads]
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
 from hybrid import env
+from hybrid.backends.cuda_streams import CudaRuntime
+from hybrid.backends.streams import Runtime
 from hybrid.errors import CapacityError, PlacementError
 from hybrid.kernels.gpu.target import INTERPRETED, target_of
 
@@ -49,6 +52,12 @@ def _why_no_gpu() -> str:
         f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no GPU or no driver "
         "(libcuda.so.1) that is new enough; install or update the NVIDIA driver"
     )
+
+
+@cache
+def runtime_of(device: torch.device) -> Runtime | None:
+    """Streams of a GPU, the same for all backends on it; ``None`` in the interpreter."""
+    return CudaRuntime(str(device)) if device.type == "cuda" else None
 
 
 def limit_memory(budgets: Mapping[torch.device, int]) -> dict[torch.device, int]:

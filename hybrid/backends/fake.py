@@ -89,7 +89,7 @@ class FakeBackend(Backend):
         return FloatCache(rows, fmt)
 
     def copy_cache_blocks(self, cache: Any, pairs: list[tuple[int, int]]) -> None:
-        blocks = cache.view(-1, BLOCK_SIZE, cache.shape[1])
+        blocks = cache.rows.view(-1, BLOCK_SIZE, cache.rows.shape[1])
         for source, target in pairs:
             blocks[target].copy_(blocks[source])
 

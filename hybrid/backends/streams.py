@@ -15,7 +15,8 @@ elsewhere that is ``None``. The rules are CUDA's:
 
 Every wait names its *site*, a constant of the caller like ``"lane starts"``: tests drop the waits of one site
 after another, and each must be missed.
- Within `Runtime.capture` nothing runs; what is queued on the captured stream, and on streams that wait for an
+
+Within `Runtime.capture` nothing runs; what is queued on the captured stream, and on streams that wait for an
 event of it, becomes a `Graph`. Such a stream must be waited for again before the capture ends. Reading a
 tensor, waiting on the host, and waiting for events from before the capture are errors there. Tensors made
 meanwhile lie where they are as long as the graph lives, and hold what its last replay left; `replay` repeats
@@ -84,10 +85,12 @@ class Runtime(ABC):
     Attributes:
         name: of the device, as placements spell it.
         main: the stream that is current where no other is.
+        captures_other_devices: whether a capture may go on to streams of other devices.
     """
 
     name: str
     main: Stream
+    captures_other_devices = False
 
     @property
     @abstractmethod

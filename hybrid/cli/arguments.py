@@ -140,6 +140,7 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     add_rules(group)
     flag(group, "--numa", default="auto")
     flag(group, "--packed-cache")
+    flag(group, "--no-cuda-graph")
     flag(group, "--ram")
     flag(group, "--fit")
     add_experts(group)
@@ -245,6 +246,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "expert_threshold": args.expert_threshold,
         "numa": args.numa,
         "packed_cache": args.packed_cache,
+        "cuda_graph": not args.no_cuda_graph,
     }
 
 

@@ -56,6 +56,7 @@ class LoadOptions:
     kv_cache_tokens: int | None = None
     numa: str = "auto"
     packed_cache: str | Path | None = None
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *KV_FORMATS):
@@ -64,6 +65,8 @@ class LoadOptions:
             raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
             raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
+        if type(self.cuda_graph) is not bool:
+            raise ConfigError(f"cuda_graph: expected True or False, found {self.cuda_graph!r}")
         ExpertUse(self.experts_per_token, self.expert_threshold)
         check_mode(self.numa, "numa")
 
@@ -134,6 +137,7 @@ def load(
             progress=progress,
             config=_with_experts(hparams, planner.experts),
             packed_cache=None if options.packed_cache is None else Path(options.packed_cache),
+            use_graphs=options.cuda_graph,
         )
         with contextlib.ExitStack() as undo:
             undo.callback(loaded.close)

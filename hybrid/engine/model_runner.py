@@ -85,7 +85,7 @@ class ModelRunner:
             start = stop
         if not last_rows:
             return torch.empty(0, 0)
-        return self.model.compute_logits(hidden_states[last_rows])
+        return self.model.compute_logits(hidden_states[torch.tensor(last_rows)])
 
     def _collect_prompt_logprobs(
         self, item: ScheduledSequence, hidden_states: torch.Tensor

@@ -31,7 +31,7 @@ class AttentionBatch:
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
     host: AttentionBatch | None = None  # of a copy on a device: what it was copied from
-    _copies: dict[str, AttentionBatch] = field(default_factory=dict, compare=False, repr=False)
+    _copies: dict[str, AttentionBatch] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Kernels take addresses: another type or a gap between numbers would be read as garbage.

@@ -15,5 +15,9 @@ class MLP:
     def __init__(self, backend: Backend, gate: Any, up: Any, down: Any) -> None:
         self.backend, self.gate, self.up, self.down = backend, gate, up, down
 
+    @property
+    def backends(self) -> list[Backend]:
+        return [self.backend]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.backend.mlp(self.backend.receive(x), self.gate, self.up, self.down)

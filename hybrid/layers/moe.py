@@ -42,10 +42,15 @@ class MoE:
         """Whether nothing but operations of backends takes part, see `Backend.record`."""
         return self.experts.can_record and not self.router.config.expert_threshold
 
+    @property
+    def backends(self) -> list[Backend]:
+        """Those of all but the routed experts."""
+        return [self.router.backend, *([] if self.shared is None else self.shared.backends)]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        routed = self.experts(x, *self.router(x))
+        routed = self.experts.begin(x, *self.router(x))
         if self.shared is None:
-            return routed
+            return routed()
         out = self.shared(x)
-        self.shared.backend.add(self.shared.backend.receive(routed), out)
+        self.shared.backend.add(self.shared.backend.receive(routed()), out)
         return out

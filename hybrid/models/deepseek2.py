@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from hybrid.backends.base import Backend
 from hybrid.config import KVFormat
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.layers.attention import MLAAttention, MLAShape, MLAWeights
@@ -33,6 +34,12 @@ class DecoderLayer:
     ) -> None:
         self.attn_norm, self.attention, self.ffn_norm, self.ffn = attn_norm, attention, ffn_norm, ffn
 
+    @property
+    def backends(self) -> list[Backend]:
+        """Those of all but routed experts; the first takes the residual stream, the last has it in the
+        end."""
+        return [self.attn_norm.backend, self.attention.backend, *self.ffn.backends, self.ffn_norm.backend]
+
     def __call__(
         self, delta: torch.Tensor | None, residual: torch.Tensor, batch: AttentionBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,16 +60,21 @@ class DeepseekForCausalLM:
         head: Linear,
     ) -> None:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
-        self._moes = [layer.ffn for layer in layers if isinstance(layer.ffn, MoE)]
+        self.moes = {index: layer.ffn for index, layer in enumerate(layers) if isinstance(layer.ffn, MoE)}
 
     @property
     def can_record(self) -> bool:
         """Whether nothing but operations of backends takes part, see `Backend.record`."""
-        return all(moe.can_record for moe in self._moes)
+        return all(moe.can_record for moe in self.moes.values())
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether Python has no part in a pass, so that a `Graph` repeats all of it."""
+        return not self.config.router.expert_threshold
 
     @property
     def expert_count(self) -> ExpertCount:
-        counts = [moe.router.counter.read() for moe in self._moes]
+        counts = [moe.router.counter.read() for moe in self.moes.values()]
         return ExpertCount(*(sum(numbers) for numbers in zip(*counts, strict=True)))
 
     def allocate_cache(self, num_blocks: int, fmt: KVFormat) -> None:
@@ -77,7 +89,10 @@ class DeepseekForCausalLM:
         return run_layers(self.forward_layers(token_ids, batch))
 
     def forward_layers(self, token_ids: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
-        residual = self.embedding(token_ids)
+        return self.continue_layers(self.embedding(token_ids), batch)
+
+    def continue_layers(self, residual: torch.Tensor, batch: AttentionBatch) -> LayerSteps:
+        """`forward_layers` after the embedding, whose rows are changed."""
         delta: torch.Tensor | None = None
         for layer in self.layers:
             delta, residual = layer(delta, residual, batch)

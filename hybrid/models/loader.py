@@ -14,6 +14,7 @@ from hybrid.errors import ConfigError
 from hybrid.gguf import GGUFFile
 from hybrid.kvcache.blocks import AttentionBatch
 from hybrid.models.decode_step import DecodeStep
+from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
@@ -45,6 +46,8 @@ class Model:
         backends: dict[str, Backend],
         kv_format: KVFormat,
         loaded_bytes: dict[tuple[str, str], int],
+        *,
+        use_graphs: bool = True,
     ) -> None:
         self.config = network.config
         self.loaded_bytes = loaded_bytes
@@ -53,6 +56,8 @@ class Model:
         self._network, self._backends = network, backends
         self._num_blocks = 0
         self._decode_steps: dict[int, DecodeStep] = {}  # by number of sequences
+        self._use_graphs = use_graphs
+        self._hybrid: HybridDecoder | None = None
 
     @property
     def num_threads(self) -> int:
@@ -79,8 +84,10 @@ class Model:
     def allocate_cache(self, num_blocks: int) -> None:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
         self._num_blocks = num_blocks
-        self._decode_steps.clear()
+        self._end_decoding()
         self._network.allocate_cache(num_blocks, self.kv_format)
+        if can_decode(self._network):
+            self._hybrid = HybridDecoder(self._network, num_blocks, use_graphs=self._use_graphs)
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """int32 ``[T]`` -> float32 hidden states ``[T, hidden]``; writes the cache."""
@@ -114,21 +121,23 @@ class Model:
         """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]`` on the host."""
         self._set_phase(decoding=False)
         logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())
-        return logits.cpu()
+        return logits if logits.is_cpu else logits.cpu()
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Logits float32 ``[S, vocab]`` on the host after one new token for each of ``S`` sequences.
 
         Where the whole model is on a device that records, Python runs only the first such step of each small
-        number of sequences.
+        number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
         self._set_phase(decoding=True)
+        if self._hybrid is not None:
+            return self._hybrid.decode(token_ids, batch)
         backends = list(self._backends.values())
         recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
         if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
             hidden_states = self._network.forward(token_ids, batch)
             logits: torch.Tensor = self._network.compute_logits(hidden_states)
-            return logits.cpu()
+            return logits if logits.is_cpu else logits.cpu()
         step = self._decode_steps.get(len(token_ids))
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
@@ -140,10 +149,17 @@ class Model:
         count: ExpertCount = self._network.expert_count
         return count
 
+    def _end_decoding(self) -> None:
+        """Drops what steps keep of the cache and of threads."""
+        self._decode_steps.clear()
+        if self._hybrid is not None:
+            self._hybrid.close()
+            self._hybrid = None
+
     def close(self) -> None:
         """Frees weights, cache and threads. The model must not be used afterwards."""
+        self._end_decoding()
         self._network = None
-        self._decode_steps.clear()
         close_backends(self._backends)
 
 
@@ -157,6 +173,7 @@ def load_model(
     progress: Progress | None = None,
     config: Any = None,
     packed_cache: Path | None = None,
+    use_graphs: bool = True,
 ) -> Model:
     """Loads every tensor to the device and in the format the plan says.
 
@@ -172,6 +189,7 @@ def load_model(
             the loading and leaves nothing behind.
         config: the family's hyper-parameters where they have been read already.
         packed_cache: a folder for packed weights, see `hybrid.models.packed_cache`.
+        use_graphs: whether decode steps of devices are captured once and replayed.
 
     Raises:
         GGUFError, ModelError: the file is not a model this build can run.
@@ -195,7 +213,7 @@ def load_model(
     except BaseException:
         close_backends(backends)
         raise
-    return Model(network, plan, backends, kv_format, loader.loaded_bytes)
+    return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs)
 
 
 def pack_model(

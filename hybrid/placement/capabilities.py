@@ -69,8 +69,9 @@ _Q8_BLOCK = 32  # numbers that share a float16 scale in a q8_0 cache row
 
 
 def kind_of(device: str) -> str:
-    """``cpu``, ``cuda`` or ``fake``: a device's name up to its number."""
-    return device.partition(":")[0]
+    """``cpu``, ``cuda`` or ``fake``: a device's name up to its number. ``fakegpu:N`` holds what ``fake:N``
+    does."""
+    return device.partition(":")[0].removesuffix("gpu")
 
 
 def can_multiply(format_: GGMLType, kind: str, isa: str = "scalar") -> bool:

@@ -11,7 +11,7 @@ from hybrid.placement.rules.nodes import Node, fail
 
 MAX_TEXT = 1000
 
-_DEVICE = re.compile(r"cpu|(cuda|fake):[0-9]{1,2}")
+_DEVICE = re.compile(r"cpu|(cuda|fake|fakegpu):[0-9]{1,2}")
 _NEARLY_CUDA = re.compile(r"(?:cuda|gpu)[:_ ]?([0-9]{0,2})", re.IGNORECASE)
 _SIZE = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})? ?([KMGT]iB|[KMGT]|[kMGT]B|B)")
 
