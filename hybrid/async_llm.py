@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -57,13 +57,14 @@ class AsyncLLM:
         numa: str = "auto",
         packed_cache: str | Path | None = None,
         cuda_graph: bool = True,
+        vram_bytes: Mapping[str, int] | None = None,
         max_queue: int = 256,
         max_queue_wait_s: float | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            packed_cache, cuda_graph,
+            packed_cache, cuda_graph, vram_bytes,
         )  # fmt: skip
         limits = QueueLimits(max_queue, max_queue_wait_s)
         self._loaded = load(model, options, progress)

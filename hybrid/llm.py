@@ -62,6 +62,8 @@ class LLM:
             they are while the model is in use.
         cuda_graph: decode steps of GPUs are captured once and replayed; ``False`` has Python queue each of
             them, to look for faults. The tokens are the same.
+        vram_bytes: ``cuda:N`` -> bytes of it that may be used in all, the driver's own included: the plan's
+            budget and the run's hard cap. Default: what the card has, less 0.5 GiB.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.
@@ -89,11 +91,12 @@ class LLM:
         numa: str = "auto",
         packed_cache: str | Path | None = None,
         cuda_graph: bool = True,
+        vram_bytes: Mapping[str, int] | None = None,
     ) -> None:
         options = LoadOptions(
             rules, max_model_len, num_threads, isa, kv_format, seed, max_num_seqs, max_num_batched_tokens,
             ram_bytes, fit, experts_per_token, expert_threshold, kv_cache_tokens, numa,
-            packed_cache, cuda_graph,
+            packed_cache, cuda_graph, vram_bytes,
         )  # fmt: skip
         self._loaded = load(model, options, progress)
         self._requests = Requests(self._loaded.engine, self._loaded.tokenizer)

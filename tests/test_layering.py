@@ -34,6 +34,7 @@ LEVELS = (
         "hybrid.config",
         "hybrid.env",
         "hybrid.free_memory",
+        "hybrid.gpus",
         "hybrid.log",
         "hybrid.sampling_params",
         "hybrid.outputs",

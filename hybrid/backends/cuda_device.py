@@ -1,8 +1,7 @@
-"""Which GPU a device name means, and how much of its memory may be used."""
+"""Which GPU a device name means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from hybrid import env
 from hybrid.backends.cuda_streams import CudaRuntime
 from hybrid.backends.streams import Runtime
-from hybrid.errors import CapacityError, PlacementError
+from hybrid.errors import PlacementError
 from hybrid.kernels.gpu.target import INTERPRETED, target_of
 
 _NEXT = "`hybrid doctor` tells what there is; `--rules all-cpu` runs the model on the CPU"
@@ -58,33 +57,3 @@ def _why_no_gpu() -> str:
 def runtime_of(device: torch.device) -> Runtime | None:
     """Streams of a GPU, the same for all backends on it; ``None`` in the interpreter."""
     return CudaRuntime(str(device)) if device.type == "cuda" else None
-
-
-def limit_memory(budgets: Mapping[torch.device, int]) -> dict[torch.device, int]:
-    """Lets torch take the budget of each GPU less what is taken there otherwise: by this process's context,
-    and by other processes. Whatever would exceed it is an out-of-memory error.
-
-    Returns:
-        Bytes taken otherwise, on each GPU.
-
-    Raises:
-        CapacityError: nothing is left.
-    """
-    found = {}
-    for device, budget in budgets.items():
-        found[device] = other_bytes(device)
-        _, total = torch.cuda.mem_get_info(device)
-        allowed = min(budget, total) - found[device]
-        if allowed <= 0:
-            raise CapacityError(
-                f"{device}: {found[device]} bytes are taken by the CUDA context and other processes, which "
-                f"leaves nothing of the {budget} that may be used; end those, or raise --vram"
-            )
-        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
-    return found
-
-
-def other_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that are neither free nor held by this process's torch."""
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total - free - torch.cuda.memory_reserved(device))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybrid.backends.base import Backend
+from hybrid.backends.gpu_memory import check_memory, limit_memory
 from hybrid.backends.locality import Locality
 from hybrid.config import KVFormat
 from hybrid.errors import ConfigError
@@ -18,6 +20,7 @@ from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
+from hybrid.models.warm_up import told_by_the_plan, warm_up
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.reduction import ExpertCount
 from hybrid.placement.capabilities import cache_row_bytes
@@ -85,7 +88,8 @@ class Model:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
         self._num_blocks = num_blocks
         self._end_decoding()
-        self._network.allocate_cache(num_blocks, self.kv_format)
+        with told_by_the_plan(self.plan):
+            self._network.allocate_cache(num_blocks, self.kv_format)
         if can_decode(self._network):
             self._hybrid = HybridDecoder(self._network, num_blocks, use_graphs=self._use_graphs)
 
@@ -142,6 +146,18 @@ class Model:
         if step is None:
             step = self._decode_steps[len(token_ids)] = DecodeStep(len(token_ids), self._num_blocks)
         return step.run(self._network, backends[0], token_ids, batch)
+
+    def warm_up(self) -> None:
+        """Once before the first request, with an allocated cache: see `hybrid.models.warm_up`. Does nothing
+        where no tensor is on a GPU.
+
+        Raises:
+            CapacityError: a GPU's memory does not suffice.
+        """
+        gpus = [backend for backend in self._backends.values() if backend.device.type == "cuda"]
+        if gpus:
+            warm_up(self, self.plan)
+            check_memory(gpu_budgets(self._backends, self.plan))
 
     @property
     def expert_count(self) -> ExpertCount:
@@ -203,17 +219,31 @@ def load_model(
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
         check.finish(config.num_layers)
+        budgets = gpu_budgets(backends, plan)
+        if budgets:
+            limit_memory(budgets)
         if packed_cache is not None and "cpu" in backends:
             sources = check.matrices.get("cpu", [])
             use_packed_cache(file, sources, backends["cpu"], packed_cache, progress)
-        loader = WeightLoader(file, plan, backends, check, progress)
-        network = family.load(config, loader, max_model_len)
+        with told_by_the_plan(plan):
+            loader = WeightLoader(file, plan, backends, check, progress)
+            network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
     except BaseException:
         close_backends(backends)
         raise
     return Model(network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs)
+
+
+def gpu_budgets(backends: Mapping[str, Backend], plan: Plan) -> dict[torch.device, int]:
+    """Bytes that may be used of each GPU in use; names of one GPU together."""
+    found: dict[torch.device, int] = {}
+    for name, backend in backends.items():
+        budget = plan.memory[name].budget_bytes if name in plan.memory else None
+        if backend.device.type == "cuda" and budget is not None:
+            found[backend.device] = found.get(backend.device, 0) + budget
+    return found
 
 
 def pack_model(
