@@ -34,8 +34,7 @@ def activation_bytes(
         width, k = dims.expert_width, dims.num_experts_per_tok
         most.append(2 * stream + _feed_forward(dims, step, width, k, half))
     routed = stream if "shared_experts" in widths else 0
-    for width in widths.values():
-        most.append(2 * stream + routed + _feed_forward(dims, step, width, 1, half))
+    most += [2 * stream + routed + _feed_forward(dims, step, width, 1, half) for width in widths.values()]
     return max(most)
 
 

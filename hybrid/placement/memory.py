@@ -18,7 +18,8 @@ from hybrid.placement.roles import layer_of, role_of
 _MIB = 1 << 20
 SMALLEST_BATCH = 64  # tokens of a step; fitting makes steps no smaller
 STAGING_BYTES = 64 * _MIB  # of a file's rows on their way into the packed layout
-# Estimates: what a CUDA context with its kernels takes (a run measures it), and the pinned ring through which experts of long prompts go to the GPU, there and in RAM.
+# Estimates: what a CUDA context with its kernels takes (a run measures it), and the pinned ring through which
+# experts of long prompts go to the GPU, there and in RAM.
 CUDA_CONTEXT_BYTES = 600 * _MIB
 CUDA_RING_BYTES = 256 * _MIB
 
