@@ -21,8 +21,8 @@ def cautions(model: Model, plan: Plan) -> Iterator[str]:
     untried = [device for device in plan.devices if kind_of(device) in UNTRIED_KINDS]
     if untried:
         yield (
-            f"{', '.join(untried)}: the GPU backend has been tested in Triton's interpreter and has not run on "
-            "a GPU yet; speeds are estimates"
+            f"{', '.join(untried)}: the GPU backend has been tested in Triton's interpreter, and "
+            "has not run on a GPU yet; speeds are estimates"
         )
     yield from _without_kernel(model, plan)
     yield from _grown(model, plan)
