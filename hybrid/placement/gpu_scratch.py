@@ -1,6 +1,6 @@
-"""Working memory of the GPU backend: the most bytes of tensors alive at once, estimated from what its operations
-take. Small tensors (sorting slots, ids, batches) are counted in the rough; the first steps of a run take the
-real ones, see `hybrid.models.warm_up`.
+"""Working memory of the GPU backend: the most bytes of tensors alive at once, estimated
+from what its operations take. Small tensors (sorting slots, ids, batches) are counted in the rough; the first
+steps of a run take the real ones, see `hybrid.models.warm_up`.
 
 ``half`` is the bytes of a number in a prompt's products: 2, or 4 in the interpreter, where nothing is copied
 to another type.

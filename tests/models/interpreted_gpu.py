@@ -5,7 +5,6 @@ Run by `tests/backends/test_cuda.py` in a process of its own: in Triton's interp
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
