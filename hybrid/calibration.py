@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybrid import env
 from hybrid.config import BLOCK_SIZE
 from hybrid.free_memory import available_memory
 from hybrid.gguf import TRAITS, GGMLType, random_blocks
+from hybrid.gpus import gpu_memory
 from hybrid.kernels import cpu
 from hybrid.log import get_logger
 from hybrid.placement.capabilities import CPU_FORMATS
-from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Node, Rates
+from hybrid.placement.machine import RAM_MARGIN_BYTES, Device, Machine, Node, Rates, usable_vram
 from hybrid.placement.numa import Workers, spread
 from hybrid.system_files import processor_name
 
@@ -49,7 +51,8 @@ _Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 def this_machine(num_threads: int | None = None, isa: str | None = None) -> Machine:
-    """The CPU this process may use, with the memory that is free less a margin, and rates if measured."""
+    """The CPU this process may use, with the memory that is free less a margin, and rates if measured; GPUs
+    with theirs, less a margin too."""
     threads = num_threads or len(cpu.physical_cores())
     isa = isa or cpu.current_isa()
     free = available_memory()
@@ -57,7 +60,7 @@ def this_machine(num_threads: int | None = None, isa: str | None = None) -> Mach
     nodes = cpu.numa_nodes()
     workers = len(workers_of(nodes, threads).nodes)
     return Machine(
-        (Device("cpu", budget),),
+        (Device("cpu", budget), *_gpus()),
         num_nodes=max(workers, 1),
         num_threads=threads,
         isa=isa,
@@ -65,6 +68,17 @@ def this_machine(num_threads: int | None = None, isa: str | None = None) -> Mach
         nodes=memory_of_nodes(nodes, threads),
         rates=read_rates(threads, isa),
     )
+
+
+def _gpus() -> list[Device]:
+    """``cuda:N`` as ``HYBRID_CUDA_DEVICES`` has it; names of one GPU share its memory."""
+    memory = gpu_memory()
+    mapped = env.get("HYBRID_CUDA_DEVICES")
+    indices = [i for i in (range(len(memory)) if mapped is None else mapped) if i < len(memory)]
+    return [
+        Device(f"cuda:{number}", usable_vram(memory[index]) // indices.count(index))
+        for number, index in enumerate(indices)
+    ]
 
 
 def workers_of(nodes: Sequence[NumaNode], num_threads: int) -> Workers:

@@ -245,6 +245,11 @@ VARIABLES: dict[str, EnvVar] = {
         "[DEVICE=]SIZE, as in 24GiB or cuda:1=16GiB",
         "memory to use of GPUs, as in 24GiB for cuda:0, or cuda:0=24GiB,cuda:1=16GiB",
     ),
+    "HYBRID_CUDA_DEVICES": EnvVar(
+        integers(0),
+        "integers >= 0, as in 0,1 or 0,0",
+        "the GPU that cuda:0, cuda:1 ... mean each; several may mean the same, to try a plan for more",
+    ),
     "HYBRID_RAM": EnvVar(n_bytes, "a size, as in 512GiB", "RAM to use (default: what is free)"),
     "HYBRID_NODES": EnvVar(integer(1), _COUNT, "NUMA nodes"),
     "HYBRID_BANDWIDTH": EnvVar(

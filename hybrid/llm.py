@@ -63,6 +63,8 @@ class LLM:
         cuda_graph: decode steps of GPUs are captured once and replayed; ``False`` has Python queue each of
             them, to look for faults. The tokens are the same.
         trace: a file for what runs when, as a Chrome trace; it is written when the model is closed.
+        vram_bytes: ``cuda:N`` -> bytes of it that may be used in all, the driver's own included: the plan's
+            budget and the run's hard cap. Default: what the card has, less 0.5 GiB.
 
     Raises:
         HybridError: the file, an option or the machine does not allow it; the subclass says which.

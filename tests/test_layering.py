@@ -41,6 +41,7 @@ LEVELS = (
         "hybrid.config",
         "hybrid.env",
         "hybrid.free_memory",
+        "hybrid.gpus",
         "hybrid.log",
         "hybrid.sampling_params",
         "hybrid.trace",

@@ -17,14 +17,14 @@ SIGNATURES = {
     "LLM.__init__": [
         "self", "model", "rules", "max_model_len", "num_threads", "isa", "kv_format", "seed",
         "max_num_seqs", "max_num_batched_tokens", "ram_bytes", "fit", "experts_per_token",
-        "expert_threshold", "kv_cache_tokens", "numa", "packed_cache", "cuda_graph", "trace", "progress",
+        "expert_threshold", "kv_cache_tokens", "numa", "packed_cache", "cuda_graph", "trace", "vram_bytes",
+        "progress",
     ],
     "AsyncLLM.__init__": [
         "self", "model", "rules", "max_model_len", "num_threads", "isa", "kv_format", "seed",
         "max_num_seqs", "max_num_batched_tokens", "ram_bytes", "fit", "experts_per_token",
-        "expert_threshold", "kv_cache_tokens", "numa", "packed_cache", "cuda_graph", "trace", "progress",
-        "max_queue",
-        "max_queue_wait_s",
+        "expert_threshold", "kv_cache_tokens", "numa", "packed_cache", "cuda_graph", "trace", "vram_bytes",
+        "progress", "max_queue", "max_queue_wait_s",
     ],
     "AsyncLLM.generate": ["self", "prompt", "sampling_params", "request_id", "on_prompt"],
     "AsyncLLM.abort": ["self", "request_id"],

@@ -77,6 +77,7 @@ class Backend(ABC):
     device: torch.device
     can_record = False  # whether `record` works
     can_unpack = False  # whether `allocate_stack` and `unpack` work
+    decoding = False  # whether operations are for decoded tokens, or for prompts; arithmetic may differ
     serves_handoff = (
         False  # whether streams of others may have its experts computed, see `hybrid.moe.handoff`
     )

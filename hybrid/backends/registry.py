@@ -8,14 +8,15 @@ from hybrid.backends.base import Backend
 from hybrid.errors import PlacementError
 
 _FAKE = re.compile(r"^fake:\d+$")
+_CUDA = re.compile(r"^cuda:\d+$")
 _FAKE_GPU = re.compile(r"^fakegpu:\d+$")
 
 
 def create_backend(device: str, num_threads: int | None = None) -> Backend:
-    """The backend of ``cpu``, ``fake:N`` or ``fakegpu:N``, which works asynchronously.
+    """The backend of ``cpu``, ``cuda:N``, ``fake:N`` or ``fakegpu:N``, which works asynchronously.
 
     Raises:
-        PlacementError: this build has no backend for the device.
+        PlacementError: there is no such device, or it cannot be used; the message says what to do.
     """
     if device == "cpu":
         from hybrid.backends.cpu import CpuBackend
@@ -25,8 +26,12 @@ def create_backend(device: str, num_threads: int | None = None) -> Backend:
         from hybrid.backends.fake import FakeBackend
 
         return FakeBackend(device)
+    if _CUDA.match(device):
+        from hybrid.backends.cuda import CudaBackend
+
+        return CudaBackend(device)
     if _FAKE_GPU.match(device):
         from hybrid.backends.fake_gpu import FakeGpuBackend
 
         return FakeGpuBackend(device)
-    raise PlacementError(f"device {device!r} is not available: this build runs on cpu and fake:N")
+    raise PlacementError(f"device {device!r} is not available: this build runs on cpu, cuda:N and fake:N")

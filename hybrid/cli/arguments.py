@@ -143,6 +143,7 @@ def add_runtime(parser: argparse.ArgumentParser, context: str | None = None) -> 
     flag(group, "--no-cuda-graph")
     flag(group, "--trace", metavar="FILE")
     flag(group, "--ram")
+    flag(group, "--vram", action=Extend)
     flag(group, "--fit")
     add_experts(group)
 
@@ -235,6 +236,30 @@ def end_on_bus_error(args: argparse.Namespace) -> None:
         )
 
 
+def by_device(given: list[tuple[str | None, float]] | None, flag: str, default: str) -> dict[str, float]:
+    """Values of a flag that names devices; ``default`` is the device where it names none."""
+    found: dict[str, float] = {}
+    for name, value in given or ():
+        device = name or default
+        if device in found:
+            raise ConfigError(f"{flag}: {device} is given twice")
+        found[device] = value
+    return found
+
+
+def vram_of(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes of each GPU that ``--vram`` names.
+
+    Raises:
+        ConfigError: another device is named, or one twice.
+    """
+    found = by_device(args.vram, "--vram", "cuda:0")
+    for device in found:
+        if not device.startswith("cuda:"):
+            raise ConfigError(f"--vram: expected cuda:N, found {device!r}; RAM is given by --ram")
+    return {device: round(n_bytes) for device, n_bytes in found.items()}
+
+
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `LLM` and `AsyncLLM` that the flags of `add_runtime` give."""
     return {
@@ -242,6 +267,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "isa": args.isa,
         "kv_format": args.kv_format,
         "ram_bytes": args.ram,
+        "vram_bytes": vram_of(args),
         "fit": args.fit,
         "experts_per_token": args.experts_per_token,
         "expert_threshold": args.expert_threshold,

@@ -35,31 +35,19 @@ def machine_of(args: argparse.Namespace) -> Machine:
     # Kernels of an imagined machine need not run here.
     isa = args.isa if args.isa in ISAS else select_isa(args.isa)
     machine = this_machine(args.threads, isa)
-    for device, n_bytes in _by_device(args.vram, "--vram", "cuda:0").items():
-        if not device.startswith("cuda:"):
-            raise ConfigError(f"--vram: expected cuda:N, found {device!r}; RAM is given by --ram")
-        machine = machine.with_budget(device, round(n_bytes))
+    for device, n_bytes in arguments.vram_of(args).items():
+        machine = machine.with_budget(device, n_bytes)
     if args.ram is not None:
         machine = machine.with_budget("cpu", args.ram)
     if args.nodes is not None:
         machine = replace(machine, num_nodes=args.nodes, numa=args.nodes > 1)
     changes = (args.vram, args.ram, args.nodes, args.bandwidth, args.isa)
     machine = replace(machine, imagined=any(value is not None for value in changes))
-    for device, per_second in _by_device(args.bandwidth, "--bandwidth", "ram").items():
+    for device, per_second in arguments.by_device(args.bandwidth, "--bandwidth", "ram").items():
         machine = _with_bandwidth(machine, device, per_second * 1e9)
     if args.nodes is not None or machine.cpu.read_bandwidth is not None:
         machine = replace(machine, rates=None)  # those of another machine
     return machine
-
-
-def _by_device(given: list[tuple[str | None, float]] | None, flag: str, default: str) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in given or ():
-        device = name or default
-        if device in found:
-            raise ConfigError(f"{flag}: {device} is given twice")
-        found[device] = value
-    return found
 
 
 def _with_bandwidth(machine: Machine, device: str, per_second: float) -> Machine:

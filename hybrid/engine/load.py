@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
@@ -23,6 +23,7 @@ from hybrid.gguf import GGUFFile
 from hybrid.log import get_logger
 from hybrid.models.loader import load_model
 from hybrid.models.registry import family_of
+from hybrid.placement.capabilities import kind_of
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, RunSize
 from hybrid.placement.numa import check_mode
@@ -53,6 +54,7 @@ class ModelOptions(TypedDict, total=False):
     packed_cache: str | Path | None
     cuda_graph: bool
     trace: str | Path | None
+    vram_bytes: Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class LoadOptions:
     packed_cache: str | Path | None = None
     cuda_graph: bool = True
     trace: str | Path | None = None
+    vram_bytes: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kv_format not in (None, *KV_FORMATS):
@@ -88,6 +91,9 @@ class LoadOptions:
             raise ConfigError(f"num_threads: expected an integer >= 1, found {self.num_threads!r}")
         if self.ram_bytes is not None and (type(self.ram_bytes) is not int or self.ram_bytes < 1):
             raise ConfigError(f"ram_bytes: expected a number of bytes, found {self.ram_bytes!r}")
+        for device, n_bytes in (self.vram_bytes or {}).items():
+            if kind_of(device) != "cuda" or type(n_bytes) is not int or n_bytes < 1:
+                raise ConfigError(f"vram_bytes: expected bytes of cuda:N, found {n_bytes!r} of {device!r}")
         if type(self.cuda_graph) is not bool:
             raise ConfigError(f"cuda_graph: expected True or False, found {self.cuda_graph!r}")
         ExpertUse(self.experts_per_token, self.expert_threshold)
@@ -189,6 +195,7 @@ def load(
             engine = Engine(
                 loaded, config, end_token_ids=tokenizer.stop_ids, constraint_factory=Guidance(tokenizer)
             )
+            loaded.warm_up()
             template = ChatTemplate.from_gguf(file, tokenizer)
             undo.pop_all()
     return LoadedModel(
@@ -214,6 +221,8 @@ def _check_process() -> None:
 def _planner(file: GGUFFile, options: LoadOptions, machine: Machine) -> Planner:
     if options.ram_bytes is not None:
         machine = machine.with_budget("cpu", options.ram_bytes)
+    for device, n_bytes in (options.vram_bytes or {}).items():
+        machine = machine.with_budget(device, n_bytes)
     experts = ExpertUse(options.experts_per_token, options.expert_threshold)
     return Planner(file, options.rules, machine, experts, options.numa)
 

@@ -37,10 +37,10 @@ class CausalLM(Protocol):
         """Copy cache blocks in all layers, each from the first to the second of a pair."""
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 ``[n, hidden] -> [n, vocab]``."""
+        """float32 ``[n, hidden] -> [n, vocab]``, on the host."""
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Logits float32 ``[S, vocab]`` of one new token for each of the batch's ``S`` sequences."""
+        """Logits float32 ``[S, vocab]`` of one new token for each of ``S`` sequences, on the host."""
 
     @property
     def expert_count(self) -> ExpertCount:
@@ -101,7 +101,7 @@ class ModelRunner:
                 last_rows.append(stop - 1)
             start = stop
         if not last_rows:
-            return hidden_states.new_empty((0, 0))
+            return torch.empty(0, 0)
         return self.model.compute_logits(hidden_states[torch.tensor(last_rows)])
 
     def _collect_prompt_logprobs(

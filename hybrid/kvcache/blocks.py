@@ -30,6 +30,7 @@ class AttentionBatch:
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
+    host: AttentionBatch | None = None  # of a copy on a device: what it was copied from
     _copies: dict[str, AttentionBatch] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +47,9 @@ class AttentionBatch:
         for."""
         if device not in self._copies:
             tensors = self.positions, self.slot_mapping, self.query_start, self.seq_lens, self.block_tables
-            self._copies[device] = AttentionBatch(*map(receive, tensors))
+            host = AttentionBatch(*tensors)  # without copies of its own: nothing refers to itself
+            positions, slots, starts, lens, tables = map(receive, tensors)
+            self._copies[device] = AttentionBatch(positions, slots, starts, lens, tables, host)
         return self._copies[device]
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybrid.backends.base import Backend
+from hybrid.backends.gpu_memory import check_memory, limit_memory
 from hybrid.backends.locality import Locality
 from hybrid.backends.streams import Runtime
 from hybrid.config import KVFormat
@@ -22,6 +23,7 @@ from hybrid.models.hybrid_step import HybridDecoder, can_decode
 from hybrid.models.layer_steps import LayerSteps, run_layers, traced_layers
 from hybrid.models.packed_cache import find_packed_cache, use_packed_cache
 from hybrid.models.registry import family_of
+from hybrid.models.warm_up import told_by_the_plan, warm_up
 from hybrid.models.weights import Progress, WeightCheck, WeightLoader, close_backends, create_backends
 from hybrid.moe.cache import PolicyOptions
 from hybrid.moe.copies import CopyStats, ExpertCopies
@@ -110,7 +112,8 @@ class Model:
         """Makes the cache, of ``num_blocks * BLOCK_SIZE`` tokens; what was in it is gone."""
         self._num_blocks = num_blocks
         self._end_decoding()
-        self._network.allocate_cache(num_blocks, self.kv_format)
+        with told_by_the_plan(self.plan):
+            self._network.allocate_cache(num_blocks, self.kv_format)
         self._begin_decoding()
 
     def forward(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -125,32 +128,49 @@ class Model:
             self._between_steps(len(token_ids))
         self._tokens["decode" if self._phase.decodes else "prompt"] += len(token_ids)
         steps: LayerSteps = self._network.forward_layers(token_ids, batch)
+        steps = steps if self._phase.decodes else self._as_prompt(steps)
         return steps if self._trace is None else traced_layers(steps, self._trace, len(token_ids))
+
+    def _as_prompt(self, steps: LayerSteps) -> LayerSteps:
+        while True:
+            self._set_phase(decoding=False)  # others may have decoded since the last part of a layer
+            try:
+                part = next(steps)
+            except StopIteration as done:
+                hidden_states: torch.Tensor = done.value
+                return hidden_states
+            yield part
+
+    def _set_phase(self, *, decoding: bool) -> None:
+        self._phase.decodes = decoding
+        for backend in self._backends.values():
+            backend.decoding = decoding
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies cache blocks in all layers, each from the first to the second of a pair."""
         self._network.copy_blocks(pairs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]``."""
+        """float32 ``[n, hidden]`` of `forward` -> float32 ``[n, vocab]`` on the host."""
+        self._set_phase(decoding=False)
         logits: torch.Tensor = self._network.compute_logits(hidden_states.contiguous())
         return logits if logits.is_cpu else logits.cpu()
 
     def decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Logits float32 ``[S, vocab]`` after one new token for each of ``S`` sequences.
+        """Logits float32 ``[S, vocab]`` on the host after one new token for each of ``S`` sequences.
 
         Where the whole model is on a device that records, Python runs only the first such step of each small
         number of sequences; where its layers are on devices with streams, see `HybridDecoder`.
         """
         self._between_steps(len(token_ids))
-        self._phase.decodes = True
+        self._set_phase(decoding=True)
         try:
             if self._trace is None:
                 return self._decode(token_ids, batch)
             with self._trace.span("engine", f"decode step of {len(token_ids)}", "step"):
                 return self._decode(token_ids, batch)
         finally:
-            self._phase.decodes = False
+            self._set_phase(decoding=False)
 
     def _decode(self, token_ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         if self._hybrid is not None:
@@ -159,7 +179,8 @@ class Model:
         backends = list(self._backends.values())
         recordable = len(backends) == 1 and backends[0].can_record and self._network.can_record
         if not recordable or len(token_ids) > _MOST_RECORDED_SEQS:
-            return self.compute_logits(self.forward(token_ids, batch))
+            logits: torch.Tensor = self._network.compute_logits(self.forward(token_ids, batch))
+            return logits if logits.is_cpu else logits.cpu()
         self._tokens["decode"] += len(token_ids)
         step = self._decode_steps.get(len(token_ids))
         if step is None:
@@ -193,6 +214,18 @@ class Model:
             for layer, counter in counters.items()
         }
         return Usage(dict(self._tokens), layers)
+
+    def warm_up(self) -> None:
+        """Once before the first request, with an allocated cache: see `hybrid.models.warm_up`. Does nothing
+        where no tensor is on a GPU.
+
+        Raises:
+            CapacityError: a GPU's memory does not suffice.
+        """
+        gpus = [backend for backend in self._backends.values() if backend.device.type == "cuda"]
+        if gpus:
+            warm_up(self, self.plan)
+            check_memory(gpu_budgets(self._backends, self.plan))
 
     @property
     def expert_count(self) -> ExpertCount:
@@ -290,11 +323,15 @@ def load_model(
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
         check.finish(config.num_layers)
+        budgets = gpu_budgets(backends, plan)
+        if budgets:
+            limit_memory(budgets)
         if packed_cache is not None and "cpu" in backends:
             sources = check.matrices.get("cpu", [])
             use_packed_cache(file, sources, backends["cpu"], packed_cache, progress)
-        loader = WeightLoader(file, plan, backends, check, progress)
-        network = family.load(config, loader, max_model_len)
+        with told_by_the_plan(plan):
+            loader = WeightLoader(file, plan, backends, check, progress)
+            network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
         rings: list[Ring] = []
@@ -311,6 +348,16 @@ def load_model(
         network, plan, backends, kv_format, loader.loaded_bytes, use_graphs=use_graphs, trace=trace,
         copies=copies, rings=rings,
     )  # fmt: skip
+
+
+def gpu_budgets(backends: Mapping[str, Backend], plan: Plan) -> dict[torch.device, int]:
+    """Bytes that may be used of each GPU in use; names of one GPU together."""
+    found: dict[torch.device, int] = {}
+    for name, backend in backends.items():
+        budget = plan.memory[name].budget_bytes if name in plan.memory else None
+        if backend.device.type == "cuda" and budget is not None:
+            found[backend.device] = found.get(backend.device, 0) + budget
+    return found
 
 
 def pack_model(

@@ -16,7 +16,7 @@ from hybrid.errors import ModelError, PlacementError
 from hybrid.gguf import DEQUANTIZABLE, GGMLType, GGUFFile, TensorInfo
 from hybrid.log import get_logger
 from hybrid.moe.groups import ExpertGroup, group_experts, require_one_device
-from hybrid.placement.capabilities import quantizing_problem
+from hybrid.placement.capabilities import columns_problem, kind_of, quantizing_problem
 from hybrid.placement.numa import side_of
 from hybrid.placement.plan import ExpertShare, Placement, Plan
 from hybrid.placement.roles import layer_of, role_of
@@ -179,6 +179,11 @@ class WeightCheck(Weights):
             raise PlacementError(f"{rule}: {name} cannot be stored as {source.type.name}: {problem}")
         if not backend.can_multiply(source.type):
             self._refuse(backend, source.type, source.info.name)
+        problem = columns_problem(source.type, kind_of(backend.name), source.cols)
+        if problem is not None:
+            raise PlacementError(
+                f"{source.info.name} cannot be on {backend.name}: {problem}; leave it on the cpu"
+            )
         self.matrices.setdefault(backend.name, []).append(source)
         return None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hybrid.placement.capabilities import cache_row_bytes, can_multiply
+from hybrid.placement.capabilities import cache_row_bytes, can_multiply, columns_problem
 from hybrid.placement.machine import Device, Machine
 from hybrid.placement.memory import Model, RunSize, Tensor, scratch_parts
 from hybrid.placement.plan import Placement
@@ -125,12 +125,17 @@ def _joined(unit: Unit, fixed: Mapping[str, Placement]) -> str | None:
     return fixed[max(placed, key=lambda tensor: tensor.info.n_bytes).name].device
 
 
+def _runs_on_gpu(tensor: Tensor) -> bool:
+    format_ = tensor.info.type
+    return can_multiply(format_, "cuda") and not columns_problem(format_, "cuda", tensor.parts[0][2])
+
+
 def _first_with_room(unit: Unit, machine: Machine, free: Mapping[str, int], caches: Mapping[str, int]) -> str:
     if all(tensor.role == "embedding" and tensor.share < 1 for tensor in unit.tensors):
         return CPU
     if not any(tensor.share for tensor in unit.tensors):
         return CPU
-    runs = all(not t.parts or can_multiply(t.info.type, "cuda") for t in unit.tensors)
+    runs = all(not t.parts or _runs_on_gpu(t) for t in unit.tensors)
     experts = any(tensor.role == "routed_experts" for tensor in unit.tensors)
     for gpu in machine.gpus if runs else ():
         if experts and gpu.name in caches:

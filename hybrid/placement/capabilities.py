@@ -40,23 +40,23 @@ CPU_FORMATS = FLOAT_FORMATS | {
     GGMLType.TQ2_0,
     GGMLType.MXFP4,
 }
-CUDA_FORMATS = frozenset(
-    {
-        GGMLType.F16,
-        GGMLType.BF16,
-        GGMLType.F32,
-        GGMLType.Q8_0,
-        GGMLType.Q6_K,
-        GGMLType.Q5_K,
-        GGMLType.Q4_K,
-        GGMLType.Q3_K,
-        GGMLType.Q2_K,
-        GGMLType.Q4_0,
-        GGMLType.Q5_0,
-        GGMLType.IQ4_XS,
-        GGMLType.IQ4_NL,
-    }
-)
+# Bytes of a block's fields, each of which is a plane of a matrix on a GPU (`kernels/gpu/formats.py`).
+CUDA_PLANES: dict[GGMLType, tuple[int, ...]] = {
+    GGMLType.Q8_0: (32, 2),
+    GGMLType.Q6_K: (128, 64, 16, 2),
+    GGMLType.Q5_K: (128, 32, 12, 4),
+    GGMLType.Q4_K: (128, 12, 4),
+    GGMLType.Q3_K: (64, 32, 12, 2),
+    GGMLType.Q2_K: (64, 16, 4),
+    GGMLType.Q4_0: (16, 2),
+    GGMLType.Q5_0: (16, 4, 2),
+    GGMLType.IQ4_XS: (128, 2, 4, 2),
+    GGMLType.IQ4_NL: (16, 2),
+}
+CUDA_FORMATS = FLOAT_FORMATS | CUDA_PLANES.keys()
+_PLANE_ALIGNMENT = 16
+# Columns that a kernel takes at once, where they are more than a block.
+_CUDA_COLUMNS = {GGMLType.Q4_0: 64, GGMLType.Q5_0: 64, GGMLType.IQ4_NL: 64}
 
 # Columns of a row must be a multiple of this where it is not the format's own block.
 _PACKED_COLUMNS = {GGMLType.BF16: 2}
@@ -79,6 +79,14 @@ def can_multiply(format_: GGMLType, kind: str, isa: str = "scalar") -> bool:
     if kind == "cpu":
         return isa in ISAS and format_ in CPU_FORMATS
     return format_ in (CUDA_FORMATS if kind == "cuda" else DEQUANTIZABLE)
+
+
+def columns_problem(format_: GGMLType, kind: str, cols: int) -> str | None:
+    """Why kernels of a format that a device has do not take rows of ``cols`` weights; ``None`` if they do."""
+    multiple = _CUDA_COLUMNS.get(format_, 1) if kind == "cuda" else 1
+    if cols % multiple:
+        return f"kernels of {format_.name} on a GPU take rows of a multiple of {multiple} weights, not {cols}"
+    return None
 
 
 def quantizing_problem(source: GGMLType, target: GGMLType, cols: int) -> str | None:
@@ -104,20 +112,37 @@ def block_cols(format_: GGMLType) -> int:
 def matrix_bytes(format_: GGMLType, kind: str, shape: Sequence[int]) -> int:
     """Bytes of a matrix stack ``[batch, rows, cols]`` on a device.
 
-    On the CPU the rows of each matrix are padded to groups of 16, and IQ1 takes 15 % more; GPUs take the
-    file's blocks; the test device ``fake`` keeps float32.
+    On the CPU the rows of each matrix are padded to groups of 16, and IQ1 takes 15 % more; on a GPU the
+    planes of a stack are padded to 16 bytes; the test device ``fake`` keeps float32.
     """
     batch, rows, cols = shape
     if kind == "fake":
         return prod(shape) * 4
     traits = TRAITS[format_]
     row_bytes = cols // traits.block_size * traits.block_bytes + traits.row_meta_bytes
+    if kind == "cuda":
+        num_blocks = batch * rows * cols // traits.block_size
+        planes = CUDA_PLANES.get(format_)
+        sizes = [batch * rows * row_bytes] if planes is None else [n * num_blocks for n in planes]
+        return sum(-(-n // _PLANE_ALIGNMENT) * _PLANE_ALIGNMENT for n in sizes)
     if kind != "cpu":
         return batch * rows * row_bytes
     group_bytes = GROUP_ROWS * row_bytes
     if format_ in _RECODED_GROUP_BYTES:
         group_bytes = cols // traits.block_size * _RECODED_GROUP_BYTES[format_]
     return batch * -(-rows // GROUP_ROWS) * group_bytes
+
+
+def cache_problem(kind: str, latent_dim: int, rope_dim: int, format_: str) -> str | None:
+    """Why a device cannot keep a latent cache of these widths; ``None`` if it can."""
+    if kind != "cuda":
+        return None
+    for name, dim in (("latent", latent_dim), ("rotary", rope_dim)):
+        if dim < 16 or dim & (dim - 1):
+            return f"the GPU's attention takes a power of two, at least 16, as {name} width, not {dim}"
+    if format_ == "q8_0" and rope_dim % _Q8_BLOCK:
+        return f"q8_0 has a scale for {_Q8_BLOCK} numbers, and the rotary part has {rope_dim}; take f16"
+    return None
 
 
 def vector_bytes(num_elements: int) -> int:

@@ -10,16 +10,19 @@ from hybrid.placement.memory import Model
 from hybrid.placement.plan import Plan
 from hybrid.placement.report import parts
 
-# What loading takes today; a plan may hold more.
-RUNNABLE_KINDS = ("cpu", "fake")
+# Kinds whose backend has not run on its device yet.
+UNTRIED_KINDS = ("cuda",)
 _NEARLY_FULL = 0.97
 
 
 def cautions(model: Model, plan: Plan) -> Iterator[str]:
     """Whole sentences."""
-    absent = [device for device in plan.devices if kind_of(device) not in RUNNABLE_KINDS]
-    if absent:
-        yield f"this build does not run {', '.join(absent)}: the plan can be looked at, not loaded"
+    untried = [device for device in plan.devices if kind_of(device) in UNTRIED_KINDS]
+    if untried:
+        yield (
+            f"{', '.join(untried)}: the GPU backend has been tested in Triton's interpreter, and "
+            "has not run on a GPU yet; speeds are estimates"
+        )
     yield from _without_kernel(model, plan)
     yield from _grown(model, plan)
     if plan.expert_cache is not None and plan.expert_cache.pays is False:

@@ -4,7 +4,7 @@ A step takes the sum over its tensors of bytes ÷ rate on their device; nothing 
 router, experts and the next attention are a chain. On the CPU, seconds for one weight are those measured for
 its format and for so many tokens at once (`hybrid.calibration`); where nothing was measured they follow from
 bandwidth and `RAM_EFFICIENCY`, and in prefill from `INT8_MACS_PER_THREAD`, the same for all formats.
-GPU rates are the data sheet's times the efficiencies below: estimates until this build has GPU kernels.
+GPU rates are the data sheet's times the efficiencies below: estimates until the kernels have run on a GPU.
 """
 
 from __future__ import annotations

@@ -13,11 +13,19 @@ GIB = 1 << 30
 # memory that is free.
 RAM_MARGIN_BYTES = GIB // 2
 
+# The same of a GPU's memory: 23.5 GiB of a card of 24, which itself reports a little less than 24.
+VRAM_MARGIN_BYTES = GIB // 2
+
 # Bytes per second where neither measured nor given: two channels of DDR5 at 80 % of 83 GB/s, an RTX 3090,
 # PCIe 4.0 x16.
 DEFAULT_RAM_BANDWIDTH = 67e9
 DEFAULT_VRAM_BANDWIDTH = 936e9
 DEFAULT_PCIE_BANDWIDTH = 25e9
+
+
+def usable_vram(total_bytes: int) -> int:
+    """What may be used of a GPU's memory if nobody says."""
+    return min(total_bytes, -(-total_bytes // GIB) * GIB - VRAM_MARGIN_BYTES)
 
 
 @dataclass(frozen=True)

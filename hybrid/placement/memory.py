@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hybrid.config import BLOCK_SIZE
 from hybrid.gguf import TRAITS, GGMLType, GGUFFile, TensorInfo
-from hybrid.placement import scratch
+from hybrid.placement import gpu_scratch, scratch
 from hybrid.placement.active import ActiveShares
 from hybrid.placement.capabilities import cache_row_bytes, kind_of, matrix_bytes, vector_bytes
 from hybrid.placement.dimensions import Dimensions, read_dimensions
@@ -19,8 +19,8 @@ from hybrid.placement.roles import layer_of, role_of
 _MIB = 1 << 20
 SMALLEST_BATCH = 64  # tokens of a step; fitting makes steps no smaller
 STAGING_BYTES = 64 * _MIB  # of a file's rows on their way into the packed layout
-# Estimates, for devices this build does not run yet: what a CUDA context with its kernels takes, and the
-# pinned ring through which experts of long prompts go to the GPU, there and in RAM.
+# Estimates: what a CUDA context with its kernels takes (a run measures it), and the pinned ring through which
+# experts of long prompts go to the GPU, there and in RAM.
 CUDA_CONTEXT_BYTES = 600 * _MIB
 CUDA_RING_BYTES = 256 * _MIB
 
@@ -269,6 +269,11 @@ def scratch_parts(
         if hybrid:
             parts["upload ring"] = CUDA_RING_BYTES
     elif kind == "cuda":
+        widths = {role: model.block_width(role) for role in ("dense_ffn", "shared_experts") if role in roles}
+        parts["activations"] = gpu_scratch.activation_bytes(dims, step, roles, widths)
+        if attends:
+            captured = gpu_scratch.captured_bytes(dims, size.max_num_seqs, size.cache_tokens)
+            parts["captured steps"] = captured
         parts["context"] = CUDA_CONTEXT_BYTES
         parts["upload ring"] = CUDA_RING_BYTES if hybrid else 0
     return parts

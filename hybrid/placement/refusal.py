@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,21 +26,26 @@ def refusal(planner: Planner, found: Plan) -> str:
         for memory in found.memory.values()
         if memory.missing_bytes
     ]
-    rows = [_COLUMNS, *(_sums(memory) for memory in found.memory.values() if memory.total_bytes)]
+    changes = list(_changes(planner, found)) or ["a smaller file"]
+    return "\n".join(
+        [
+            f"the model does not fit on {', '.join(over)}",
+            *memory_table(found.memory.values()),
+            "Any one of these would make it fit:" if len(changes) > 1 else "This would make it fit:",
+            *(f"  - {change}" for change in changes),
+        ]
+    )
+
+
+def memory_table(memories: Iterable[DeviceMemory]) -> list[str]:
+    """Lines: what is meant to be on each device in use, and its budget."""
+    rows = [_COLUMNS, *(_sums(memory) for memory in memories if memory.total_bytes)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [
         "  " + "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in cells)
         for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
     ]
-    changes = list(_changes(planner, found)) or ["a smaller file"]
-    return "\n".join(
-        [
-            f"the model does not fit on {', '.join(over)}",
-            *(line.rstrip() for line in table),
-            "Any one of these would make it fit:" if len(changes) > 1 else "This would make it fit:",
-            *(f"  - {change}" for change in changes),
-        ]
-    )
+    return [line.rstrip() for line in table]
 
 
 def _sums(memory: DeviceMemory) -> tuple[str, ...]:

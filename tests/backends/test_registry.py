@@ -23,11 +23,19 @@ def test_devices_by_name():
     assert fake.name == "fake:12"
 
 
-@pytest.mark.parametrize("name", ["cuda:0", "fake", "fake:x", "cpu:0", ""])
+@pytest.mark.parametrize("name", ["cuda", "cuda:x", "fake", "fake:x", "cpu:0", ""])
 def test_unknown_device(name):
     with pytest.raises(PlacementError, match="not available") as caught:
         create_backend(name)
     assert repr(name) in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(
+        PlacementError, match=r"cuda:0 cannot be used: torch .*; `hybrid doctor` tells what there is"
+    ):
+        create_backend("cuda:0")
 
 
 def test_backends_are_imported_when_asked_for():

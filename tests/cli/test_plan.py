@@ -198,6 +198,6 @@ def test_a_header_cannot_be_loaded_and_the_error_says_why(capsys, v3):
 def test_a_device_this_build_lacks_is_planned_and_not_loaded(capsys, tmp_path):
     rules = tmp_path / "gpu.yaml"
     rules.write_text("version: 1\nrules:\n  - {select: {role: attention}, place: {device: 'cuda:0'}}\n")
-    assert "does not run cuda:0" in out(capsys, "--rules", rules, "--vram", "1GiB")
+    assert "has not run on a GPU yet" in out(capsys, "--rules", rules, "--vram", "1GiB")
     assert main(["run", "--rules", str(rules), "-n", "1"]) == 1
     assert "gpu.yaml:3:49: device: there is no cuda:0 on this machine" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hybrid.kernels import cpu
+from hybrid.kernels.gpu.formats import FORMATS, plane_starts
 
 from hybrid.gguf import GGMLType
 from hybrid.placement import capabilities
@@ -39,8 +40,23 @@ def test_bytes_are_those_of_packed_matrices(format_, shape):
     assert capabilities.matrix_bytes(format_, "cpu", shape) == packed.nbytes
 
 
+def test_formats_of_gpus_are_those_of_their_kernels():
+    assert {f.name for f in capabilities.CUDA_FORMATS} == {*FORMATS, "F32", "F16", "BF16"}
+    for name, fmt in FORMATS.items():
+        format_ = GGMLType[name]
+        planes = tuple(field.num_bytes for field in fmt.planes if field is not None)
+        assert capabilities.CUDA_PLANES[format_] == planes, name
+        multiple = max(fmt.block_cols, fmt.unit_cols)
+        assert capabilities.columns_problem(format_, "cuda", multiple) is None
+        fits = capabilities.columns_problem(format_, "cuda", fmt.block_cols) is None
+        assert fits == (fmt.block_cols == multiple), name
+        for batch, rows, blocks in ((1, 1, 1), (3, 17, 5), (2, 4096, 28)):
+            n_bytes = capabilities.matrix_bytes(format_, "cuda", (batch, rows, blocks * fmt.block_cols))
+            assert n_bytes == plane_starts(fmt, batch * rows * blocks)[-1]
+
+
 def test_bytes_elsewhere():
-    assert capabilities.matrix_bytes(GGMLType.Q4_K, "cuda", (2, 17, 256)) == 2 * 17 * 144
+    assert capabilities.matrix_bytes(GGMLType.F16, "cuda", (2, 17, 255)) == 2 * 17 * 255 * 2 + 4
     assert capabilities.matrix_bytes(GGMLType.Q4_K, "fake", (2, 17, 256)) == 2 * 17 * 256 * 4
     assert capabilities.can_multiply(GGMLType.Q4_K, "cuda")
     assert not capabilities.can_multiply(GGMLType.IQ1_S, "cuda")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hybrid.gguf import GGMLType
-from hybrid.placement.capabilities import can_multiply, kind_of, quantizing_problem
+from hybrid.placement.capabilities import can_multiply, columns_problem, kind_of, quantizing_problem
 from hybrid.placement.machine import Machine
 from hybrid.placement.memory import Model, Tensor
 from hybrid.placement.numa import node_of
@@ -160,7 +160,8 @@ def _format_problem(tensor: Tensor, rule: Rule, machine: Machine) -> str | None:
     if problem:
         return problem
     if can_multiply(target, kind_of(rule.device), machine.isa):
-        return None
+        problem = columns_problem(target, kind_of(rule.device), tensor.parts[0][2])
+        return problem and f"{problem}; leave them on the cpu"
     ways = "leave them on the cpu" if rule.device != "cpu" else "take a file in other formats"
     return f"{target.name} has no kernel on {rule.device}; give the rule another format, or {ways}"
 
