@@ -32,6 +32,7 @@ def gemm_kernel(
     high,
     scales,
     head,
+    table,
     slots,
     experts,
     out,
@@ -60,14 +61,14 @@ def gemm_kernel(
         end = tl.where(expert < 0, 0, units)
         slot = tl.load(slots + place)
     cols = units * (32 * PARTS)
-    first = (expert * num_rows + row) * units
+    first = (expert * num_rows + tl.minimum(row, num_rows - 1)) * units
     x_row = x + (tl.minimum(slot, num_slots - 1) // slots_per_x)[:, None].to(tl.int64) * cols
     sums = tl.zeros([TOKENS, ROWS], tl.float32)
     for begin in range(0, end, UNITS):
         inside = (begin + tl.arange(0, 32 * UNITS) // 32) < units
         for p in tl.static_range(PARTS):
             w = part_values(
-                DECODE, codes, high, scales, head, first, units, begin, row < num_rows, p, OFFSET, ROWS, UNITS
+                DECODE, codes, high, scales, head, table, first, units, begin, p, OFFSET, ROWS, UNITS
             )
             values = tl.load(
                 x_row + part_columns(HALF, begin, p, UNITS)[None, :], mask=inside[None, :], other=0.0
@@ -234,6 +235,10 @@ def _work(shape: Shape) -> Work:
     return Work(moved, 2 * shape["rows"] * shape["cols"] * slots)
 
 
+# `expand` has every format's decoding: of products, one of each kind.
+_INTERPRETED = ("Q8_0", "Q4_K", "Q6_K", "IQ1_S", "IQ3_S")
+
+
 def _op(name: str) -> Op:
     cols = max(FORMATS[name].block_cols, FORMATS[name].unit_cols)
     grouped: tuple[Shape, ...] = ()
@@ -246,11 +251,12 @@ def _op(name: str) -> Op:
         arguments=_arguments,
         bounds=_bounds,
         test_shapes=(
-            {"format": name, "num_tokens": 66, "rows": 5, "cols": 3 * cols},
+            {"format": name, "num_tokens": 66 if name == "Q4_K" else 3, "rows": 5, "cols": 3 * cols},
             {"format": name, "num_tokens": 3, "rows": 33, "cols": cols, "batch": 4, "k": 2},
         ),
         production_shapes=({"format": name, "num_tokens": 2048, "rows": 18432, "cols": 7168}, *grouped),
         work=_work,
+        interpreted=name in _INTERPRETED,
     )
 
 

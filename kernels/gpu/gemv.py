@@ -34,6 +34,7 @@ def gemv_kernel(
     high,
     scales,
     head,
+    table,
     ids,
     out,
     num_tokens,
@@ -65,12 +66,13 @@ def gemv_kernel(
     end = units
     if HAS_IDS:
         end = tl.where(matrix < 0, 0, units)
+    first_unit = ((matrix * num_rows + tl.minimum(row, num_rows - 1)) * units)[:, None, None]
     for begin in range(0, end, UNITS):
         unit = begin + tl.arange(0, UNITS)[None, :, None]
-        ok = (unit < units) & (row < num_rows)[:, None, None]
-        g = (matrix * num_rows + row)[:, None, None] * units + unit
+        # Who has no unit takes the last one, times zeros.
+        g = first_unit + tl.minimum(unit, units - 1)
         for p in tl.static_range(PARTS):
-            code, scale, minimum = DECODE(codes, high, scales, head, g, h, ok, p)
+            code, scale, minimum = DECODE(codes, high, scales, head, table, g, h, p)
             half = HALF(unit, p, h)
             more = ()
             for t in tl.static_range(TOKENS):
@@ -102,7 +104,8 @@ def gemv_kernel(
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
     """8 warps for 256 halves, one a thread: see `decode`. Rows and units never depend on tokens."""
     tokens = 1 if shape["ids"] else min(MAX_TOKENS, 1 << (shape["num_tokens"] - 1).bit_length())
-    return {"TOKENS": tokens, "ROWS": 8, "UNITS": 16}
+    units = 16 if shape["parts"] < 8 else 8  # of 256 columns: more would be idle in a row of 2048
+    return {"TOKENS": tokens, "ROWS": 128 // units, "UNITS": units}
 
 
 def plan_gemv(
@@ -127,7 +130,8 @@ def plan_gemv(
         check_tensor("gemv", "ids", ids, (None,), (torch.int32,), device)
         num_tokens = len(ids)
         check(num_x > 0 and num_tokens % num_x == 0, "gemv", f"a multiple of {num_x} ids", num_tokens)
-    config = launch_config({"num_tokens": max(1, num_tokens), "ids": ids is not None}, torch.int8, target)
+    shape = {"num_tokens": max(1, num_tokens), "ids": ids is not None, "parts": fmt.parts}
+    config = launch_config(shape, torch.int8, target)
     out = torch.empty(num_tokens, weight.rows, dtype=torch.float32, device=device)
     launch = Launch(
         gemv_kernel,
@@ -222,7 +226,7 @@ def _bounds(args: Mapping[str, Any], refs: tuple[torch.Tensor, ...]) -> tuple[to
     # Integers are exact. A term takes 5 roundings (scale, minimum, activation's scale, product), a sum in a
     # lane two for each part of each pass, and the 128 lanes of a row 7 more.
     weight, x = args["weight"], args["x_codes"]
-    passes = triton.cdiv(weight.units, 16)
+    passes = triton.cdiv(weight.units, 16 if weight.format.parts < 8 else 8)
     size = (
         x.double().abs() * args["x_scales"].double().repeat_interleave(ACTIVATION_BLOCK, 1)[:, : weight.cols]
     )
@@ -240,10 +244,18 @@ def _work(shape: Shape) -> Work:
 
 # The code with ids is that without and a branch: two formats are compiled with them.
 _STACKS = ("Q8_0", "Q4_K")
+_STACK_TESTS: dict[str, tuple[Shape, ...]] = {
+    "Q4_K": (
+        {"format": "Q4_K", "num_tokens": 2, "rows": 9, "cols": 256, "batch": 3, "slots": 4},
+        {"format": "Q4_K", "num_tokens": 5, "rows": 9, "cols": 256},
+    ),
+    "IQ1_S": ({"format": "IQ1_S", "num_tokens": 2, "rows": 17, "cols": 256, "batch": 3, "slots": 4},),
+}
 
 
 def _op(fmt: str) -> Op:
     cols = max(FORMATS[fmt].block_cols, FORMATS[fmt].unit_cols)
+    passes = 9 if FORMATS[fmt].parts == 8 else 20  # units: one pass, and part of a second
     return Op(
         name=f"gemv_{fmt}",
         plan=plan_gemv,
@@ -251,9 +263,8 @@ def _op(fmt: str) -> Op:
         arguments=_arguments,
         bounds=_bounds,
         test_shapes=(
-            {"format": fmt, "num_tokens": 1, "rows": 9, "cols": 3 * cols},
-            {"format": fmt, "num_tokens": 3, "rows": 3, "cols": 20 * FORMATS[fmt].unit_cols},
-            {"format": fmt, "num_tokens": 2, "rows": 4, "cols": cols, "batch": 3, "slots": 4},
+            {"format": fmt, "num_tokens": 2, "rows": 3, "cols": max(cols, passes * FORMATS[fmt].unit_cols)},
+            *_STACK_TESTS.get(fmt, ()),
         ),
         production_shapes=(
             {"format": fmt, "num_tokens": 1, "rows": 18432, "cols": 7168},

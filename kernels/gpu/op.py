@@ -74,6 +74,9 @@ class Op:
         production_shapes: what models have; compiled ahead of time and timed.
         any_dtype: whether arguments have a type that models choose; otherwise one type is tested.
         work: least traffic and arithmetic of a shape, the benchmark's roofline.
+        interpreted: whether the interpreter's tests have it; those of a format without are made of the same
+        device
+            functions as rows with it.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Op:
     work: Callable[[Shape], Work]
     changed: tuple[str, ...] = ()
     any_dtype: bool = True
+    interpreted: bool = True
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -21,6 +21,7 @@ MODULES = (
     "route",
     "sampling",
     "unpack",
+    "unpack_float",
 )
 
 OPS: dict[str, Op] = {
