@@ -92,6 +92,12 @@ def lookup_mxfp4(q, P: tl.constexpr):
 
 
 @triton.jit
+def one_and_more(word, FIELD: tl.constexpr):
+    """1 plus a fraction whose highest bits are those of ``word`` at FIELD: converting takes more instructions."""
+    return ((word & FIELD) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def spread_bits(nibble):
     """Four bits to bit 4 of four bytes."""
     return ((nibble & 1) << 4) | ((nibble & 2) << 11) | ((nibble & 4) << 18) | ((nibble & 8) << 25)
@@ -117,7 +123,7 @@ def half_64(unit, P: tl.constexpr, h):
 
 @triton.jit
 def half_q6_k(unit, P: tl.constexpr, h):
-    return 8 * (unit // 2) + 4 * P + 2 * (unit % 2) + h
+    return 8 * (unit >> 1) + 4 * P + 2 * (unit & 1) + h
 
 
 @triton.jit
@@ -203,7 +209,7 @@ def decode_iq4_nl(codes, high, scales, head, table, g, h, P: tl.constexpr):
 
 @triton.jit
 def decode_iq4_xs(codes, high, scales, head, table, g, h, P: tl.constexpr):
-    block, pair = g // 4, g % 4
+    block, pair = (g >> 2), (g & 3)
     d = tl.load(head + block).to(tl.float32)
     low = tl.load(scales + g).to(tl.int32) >> (4 * h)
     top = tl.load(high + block).to(tl.int32) >> (4 * pair + 2 * h)
@@ -228,26 +234,26 @@ def scales_of_6_bits(scales, head, block, j):
 
 @triton.jit
 def decode_q4_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
-    scale, minimum = scales_of_6_bits(scales, head, g // 4, 2 * (g % 4) + P)
+    scale, minimum = scales_of_6_bits(scales, head, (g >> 2), 2 * (g & 3) + P)
     q = four_words(codes, 8 * g + 4 * h)
     return (q >> (4 * P)) & 0x0F0F0F0F, scale, minimum
 
 
 @triton.jit
 def decode_q5_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
-    j = 2 * (g % 4) + P
-    scale, minimum = scales_of_6_bits(scales, head, g // 4, j)
+    j = 2 * (g & 3) + P
+    scale, minimum = scales_of_6_bits(scales, head, (g >> 2), j)
     q = four_words(codes, 8 * g + 4 * h)
-    fifth = four_words(high, 8 * (g // 4) + 4 * h) >> j[:, :, :, None]
+    fifth = four_words(high, 8 * (g >> 2) + 4 * h) >> j[:, :, :, None]
     return ((q >> (4 * P)) & 0x0F0F0F0F) | ((fifth & 0x01010101) << 4), scale, minimum
 
 
 @triton.jit
 def decode_q6_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
     # 64 bytes of ql are two units, the sides of 128 columns; they share 32 bytes of qh.
-    pair, side = g // 2, g % 2
+    pair, side = (g >> 1), (g & 1)
     raw = tl.load(scales + 8 * pair + 4 * P + 2 * side + h).to(tl.int8, bitcast=True)
-    scale = tl.load(head + g // 4).to(tl.float32) * raw.to(tl.float32)
+    scale = tl.load(head + (g >> 2)).to(tl.float32) * raw.to(tl.float32)
     q = four_words(codes, 8 * g + 4 * h)
     top = four_words(high, 8 * pair + 4 * h) >> (4 * P + 2 * side)[:, :, :, None]
     return ((q >> (4 * P)) & 0x0F0F0F0F) | ((top & 0x03030303) << 4), scale, tl.zeros_like(scale)
@@ -256,8 +262,8 @@ def decode_q6_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
 @triton.jit
 def decode_q2_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
     both = tl.load(scales + 8 * g + 2 * P + h).to(tl.int32)
-    d = tl.load(head + 2 * (g // 2)).to(tl.float32)
-    dmin = tl.load(head + 2 * (g // 2) + 1).to(tl.float32)
+    d = tl.load(head + 2 * (g >> 1)).to(tl.float32)
+    dmin = tl.load(head + 2 * (g >> 1) + 1).to(tl.float32)
     q = four_words(codes, 8 * g + 4 * h)
     return (q >> (2 * P)) & 0x03030303, d * (both & 15).to(tl.float32), dmin * (both >> 4).to(tl.float32)
 
@@ -265,7 +271,7 @@ def decode_q2_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
 @triton.jit
 def decode_q3_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
     # Scale j of 16: 4 low bits in bytes 0-7, two scales to a byte; 2 high ones in bytes 8-11, four to a byte.
-    block, side = g // 2, g % 2
+    block, side = (g >> 1), (g & 1)
     low = tl.load(scales + 12 * block + 2 * P + h).to(tl.int32) >> (4 * side)
     top = tl.load(scales + 12 * block + 8 + 2 * (P % 2) + h).to(tl.int32)
     raw = ((low & 15) | (((top >> (4 * side + 2 * (P // 2))) & 3) << 4)) - 32
@@ -277,6 +283,6 @@ def decode_q3_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
 
 @triton.jit
 def decode_tq2_0(codes, high, scales, head, table, g, h, P: tl.constexpr):
-    scale = tl.load(head + g // 2).to(tl.float32)
+    scale = tl.load(head + (g >> 1)).to(tl.float32)
     q = four_words(codes, 8 * g + 4 * h)
     return (q >> (2 * P)) & 0x03030303, scale, tl.zeros_like(scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from hybrid.kernels.gpu.decode import byte_permute
+from hybrid.kernels.gpu.decode import byte_permute, one_and_more
 
 
 @triton.jit
@@ -39,8 +39,9 @@ def block_scale(head, block):
 
 
 @triton.jit
-def scale_of_nibble(nibble, d, UNIT: tl.constexpr):
-    return d * (((nibble & 15).to(tl.float32) + 0.5) * UNIT)
+def scale_of_nibble(word, d, UNIT: tl.constexpr):
+    """``d * (n + 0.5) * UNIT``, exact, for a nibble at bits 19 to 22."""
+    return one_and_more(word, 0x00780000) * (d * (16 * UNIT)) - d * (15.5 * UNIT)
 
 
 # --- IQ2: eight columns an entry ---
@@ -64,16 +65,16 @@ def decode_iq2_xxs(codes, high, scales, head, table, g, h, P: tl.constexpr):
     E: tl.constexpr = 2 * (P % 2)
     a, b = iq2_pair(table, (q >> (8 * E)) & 255, signs, E)
     c, d = iq2_pair(table, (q >> (8 * E + 8)) & 255, signs, E + 1)
-    scale = scale_of_nibble(word >> 28, block_scale(head, g // 2), 0.25)
+    scale = scale_of_nibble(word >> 9, block_scale(head, (g >> 1)), 0.25)
     return join_words(a, b, c, d), scale, tl.zeros_like(scale)
 
 
 @triton.jit
 def iq2_nibble_scale(scales, head, g, at, STRIDE: tl.constexpr, P: tl.constexpr):
     """A scale for 16 columns in a nibble; the eight bytes end a block's STRIDE."""
-    block = g // 2
-    byte = tl.load(scales + STRIDE * block + (STRIDE - 8) + at % 8).to(tl.int32)
-    return scale_of_nibble(byte >> (4 * (P % 2)), block_scale(head, block), 0.25)
+    block = g >> 1
+    byte = tl.load(scales + STRIDE * block + (STRIDE - 8) + (at & 7)).to(tl.int32)
+    return scale_of_nibble(byte << (15 if P % 2 else 19), block_scale(head, block), 0.25)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def decode_iq2_s(codes, high, scales, head, table, g, h, P: tl.constexpr):
     at = 4 * g + 2 * (P // 2) + h
     q = tl.load(codes + at)
     signs = tl.load(high + at)
-    top = tl.load(scales + 16 * (g // 2) + at % 8).to(tl.int32)
+    top = tl.load(scales + 16 * (g >> 1) + (at & 7)).to(tl.int32)
     E: tl.constexpr = 2 * (P % 2)
     a, b = iq2_pair(table, ((q >> (8 * E)) & 255) | ((top << (8 - 2 * E)) & 768), signs, E)
     c, d = iq2_pair(table, ((q >> (8 * E + 8)) & 255) | ((top << (6 - 2 * E)) & 768), signs, E + 1)
@@ -123,23 +124,24 @@ def decode_iq3_xxs(codes, high, scales, head, table, g, h, P: tl.constexpr):
     b = iq3_word(table, (q >> 8) & 255, signs, J + 1)
     c = iq3_word(table, (q >> 16) & 255, signs, J + 2)
     d = iq3_word(table, (q >> 24) & 255, signs, J + 3)
-    scale = scale_of_nibble(word >> 28, block_scale(head, g // 2), 0.5)
+    scale = scale_of_nibble(word >> 9, block_scale(head, (g >> 1)), 0.5)
     return join_words(a, b, c, d), scale, tl.zeros_like(scale)
 
 
 @triton.jit
 def decode_iq3_s(codes, high, scales, head, table, g, h, P: tl.constexpr):
     at = 4 * g + 2 * (P // 2) + h
-    block = g // 2
+    block = g >> 1
     q = tl.load(codes + 2 * at + P % 2)
     signs = tl.load(high + at)
-    top = tl.load(scales + 12 * block + at % 8).to(tl.int32) << 8
+    top = tl.load(scales + 12 * block + (at & 7)).to(tl.int32) << 8
     J: tl.constexpr = 4 * (P % 2)
     a = iq3_word(table, (q & 255) | ((top >> J) & 256), signs, J)
     b = iq3_word(table, ((q >> 8) & 255) | ((top >> (J + 1)) & 256), signs, J + 1)
     c = iq3_word(table, ((q >> 16) & 255) | ((top >> (J + 2)) & 256), signs, J + 2)
     d = iq3_word(table, ((q >> 24) & 255) | ((top >> (J + 3)) & 256), signs, J + 3)
     # 32 columns have a scale: the low nibbles of four bytes are those of even words.
-    nibble = tl.load(scales + 12 * block + 8 + at % 8 // 2).to(tl.int32) >> (4 * h)
-    scale = block_scale(head, block) * (2 * (nibble & 15) + 1).to(tl.float32)
+    nibble = tl.load(scales + 12 * block + 8 + ((at & 7) >> 1)).to(tl.int32) << (19 - 4 * h)
+    d_of_block = block_scale(head, block)
+    scale = one_and_more(nibble, 0x00780000) * (32 * d_of_block) - 31 * d_of_block
     return join_words(a, b, c, d), scale, tl.zeros_like(scale)

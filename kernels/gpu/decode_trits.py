@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from hybrid.kernels.gpu.decode import byte_permute, four_words
+from hybrid.kernels.gpu.decode import byte_permute, four_words, one_and_more
 
 
 @triton.jit
@@ -62,9 +62,11 @@ def decode_iq1_s(codes, high, scales, head, table, g, h, P: tl.constexpr):
     last = tl.load(scales + 2 * g + 0 * h)
     word = tl.load(scales + 2 * g + 1)
     d = tl.load(head + g).to(tl.float32)
-    s = half_of_block(P, h) // 2
-    scale = d * (((word >> (3 * s)) & 7) * 2 + 1).to(tl.float32)
-    minimum = scale * tl.where(((word >> (24 + s)) & 1) == 0, 0.875, 1.125)
+    # Sub-block s: three bits of scale from bit 3 * s, a sign of delta at bit 24 + s.
+    s = half_of_block(P, h) >> 1
+    scale = one_and_more((word >> (3 * s)) << 20, 0x00700000) * (16 * d) - 15 * d
+    delta = (((word << (7 - s)) & -0x80000000) | 0x3E000000).to(tl.float32, bitcast=True)
+    minimum = scale - scale * delta
     return trits(codes, high, last, g, h, P), scale, minimum
 
 
@@ -82,8 +84,8 @@ def decode_iq1_m(codes, high, scales, head, table, g, h, P: tl.constexpr):
     )
     d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     half = half_of_block(P, h)
-    field = (high_half if P >= 4 else low) >> (16 * (half // 4 % 2) + 3 * (half % 4))
-    scale = d * ((field & 7) * 2 + 1).to(tl.float32) * 0.125
+    field = (high_half if P >= 4 else low) >> (16 * ((half >> 2) & 1) + 3 * (half & 3))
+    scale = one_and_more(field << 20, 0x00700000) * (2 * d) - 1.875 * d
     i = tl.arange(0, 4)[None, None, None, :]
     negative = ((deltas >> (2 * half))[:, :, :, None] >> (i // 2)) & 1
     code = 8 * trits(codes, high, last, g, h, P) + (0x02020202 - negative * 0x02020202)

@@ -69,28 +69,31 @@ def gemv_kernel(
     first_unit = ((matrix * num_rows + tl.minimum(row, num_rows - 1)) * units)[:, None, None]
     for begin in range(0, end, UNITS):
         unit = begin + tl.arange(0, UNITS)[None, :, None]
-        # Who has no unit takes the last one, times zeros.
-        g = first_unit + tl.minimum(unit, units - 1)
+        # Who has no unit takes the last one, whose activations count as zeros.
+        there = unit < units
+        unit = tl.minimum(unit, units - 1)
+        g = first_unit + unit
+        # Parts are a constant apart, which pointers of 64 bits let loads have as their offset.
+        first_half = HALF(unit, 0, h)
         for p in tl.static_range(PARTS):
             code, scale, minimum = DECODE(codes, high, scales, head, table, g, h, p)
-            half = HALF(unit, p, h)
+            step = HALF(0, p, h) - HALF(0, 0, h)
             more = ()
             for t in tl.static_range(TOKENS):
                 token = tl.minimum(first + t, num_tokens - 1) // slots_per_x
-                at = token * num_halves + half
-                words = tl.load(x + 4 * at[:, :, :, None] + i, mask=(unit < units)[:, :, :, None], other=0)
+                at = token * num_halves + first_half
+                words = tl.load(x + 4 * at[:, :, :, None] + 4 * step[:, :, :, None] + i)
                 dots = dot4(code, tl.broadcast_to(words, code.shape), tl.zeros(code.shape, tl.int32))
                 dot = tl.sum(dots, axis=3)
                 if OFFSET != 0 or HAS_MINIMUM:
-                    total = tl.load(x_sums + at, mask=unit < units, other=0).to(tl.int32)
+                    total = tl.load(x_sums + at + step).to(tl.int32)
                 if OFFSET != 0:
                     dot -= OFFSET * total
                 term = dot.to(tl.float32) * scale
                 if HAS_MINIMUM:
                     term -= total.to(tl.float32) * minimum
-                x_scale = tl.load(
-                    x_scales + token * num_x_scales + unit * PARTS // 8, mask=unit < units, other=0.0
-                )
+                block = token * num_x_scales + ((unit * PARTS) >> 3)
+                x_scale = tl.load(x_scales + block, mask=there, other=0.0)
                 more = more + (sums[t] + term * x_scale,)  # type: ignore[assignment] # noqa: RUF005
             sums = more
     for t in tl.static_range(TOKENS):
@@ -103,7 +106,8 @@ def gemv_kernel(
 
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
     """8 warps for 256 halves, one a thread: see `decode`. Rows and units never depend on tokens."""
-    tokens = 1 if shape["ids"] else min(MAX_TOKENS, 1 << (shape["num_tokens"] - 1).bit_length())
+    most = MAX_TOKENS if shape["parts"] < 8 else 2  # four would need more registers than there are
+    tokens = 1 if shape["ids"] else min(most, 1 << (shape["num_tokens"] - 1).bit_length())
     units = 16 if shape["parts"] < 8 else 8  # of 256 columns: more would be idle in a row of 2048
     return {"TOKENS": tokens, "ROWS": 128 // units, "UNITS": units}
 

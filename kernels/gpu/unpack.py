@@ -302,7 +302,8 @@ def packed_bytes_of(name: str, batch: int, rows: int, cols: int, generator: torc
         return words.flatten()
     scales, signs = coded[..., 52:55].transpose(2, 3).flatten(2), coded[..., 55] & 15
     nibbles = signs[..., :8] | signs[..., 8:] << 4
-    return torch.cat((words, scales, nibbles, coded[..., 56:].flatten(2)), -1).flatten()
+    joined = torch.cat((words, scales, nibbles, coded[..., 56:].flatten(2)), -1)
+    return joined.flatten()
 
 
 def _arguments(shape: Shape, make: Make) -> dict[str, Any]:
