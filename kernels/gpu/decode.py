@@ -93,7 +93,7 @@ def lookup_mxfp4(q, P: tl.constexpr):
 
 @triton.jit
 def one_and_more(word, FIELD: tl.constexpr):
-    """1 plus a fraction whose highest bits are those of ``word`` at FIELD: converting takes more instructions."""
+    """1 plus a fraction whose highest bits are those of ``word`` at FIELD; converting takes longer."""
     return ((word & FIELD) | 0x3F800000).to(tl.float32, bitcast=True)
 
 

@@ -19,7 +19,7 @@ from hybrid.kernels.gpu.formats import FORMATS, QuantizedMatrix
 from hybrid.kernels.gpu.launch import FLOATS, Launch, Plan, check, check_tensor
 from hybrid.kernels.gpu.op import EPS32, Make, Op, Shape, Work, unit_roundoff
 from hybrid.kernels.gpu.random_matrix import random_matrix
-from hybrid.kernels.gpu.target import Target, target_of
+from hybrid.kernels.gpu.target import TARGETS, Target, target_of
 
 TOKENS = 64
 """Slots of a program."""
@@ -119,7 +119,9 @@ def plan_gemm(
     weight: QuantizedMatrix,
     topk_ids: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    aligned: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
+    """``aligned``: what `align_slots` gave for these ids, where several products share them."""
     fmt, grouped = weight.format, topk_ids is not None
     check_tensor("gemm", "x", x, (None, weight.cols), FLOATS, x.device)
     check(weight.data.device == x.device, "gemm", f"weights on {x.device}", weight.data.device)
@@ -130,7 +132,7 @@ def plan_gemm(
     else:
         check_tensor("gemm", "topk_ids", topk_ids, (x.shape[0], None), (torch.int32,), x.device)
         num_slots = topk_ids.numel()
-        slots, experts = align_slots(topk_ids, weight.batch)
+        slots, experts = aligned or align_slots(topk_ids, weight.batch)
         num_blocks = len(experts)
     config = launch_config({}, x.dtype, target)
     out = torch.empty(num_slots, weight.rows, dtype=out_dtype or x.dtype, device=x.device)
@@ -257,6 +259,7 @@ def _op(name: str) -> Op:
         production_shapes=({"format": name, "num_tokens": 2048, "rows": 18432, "cols": 7168}, *grouped),
         work=_work,
         interpreted=name in _INTERPRETED,
+        targets=tuple(TARGETS) if name in _INTERPRETED else (86,),
     )
 
 

@@ -19,7 +19,7 @@ from hybrid.kernels.gpu.launch import Launch, Plan, check, check_tensor
 from hybrid.kernels.gpu.op import EPS32, Make, Op, Shape, Work
 from hybrid.kernels.gpu.quantize_activations import ACTIVATION_BLOCK, SUM_BLOCK, quantize_activations_torch
 from hybrid.kernels.gpu.random_matrix import random_matrix
-from hybrid.kernels.gpu.target import Target, target_of
+from hybrid.kernels.gpu.target import TARGETS, Target, target_of
 
 MAX_TOKENS = 4
 """Tokens a program takes at once; more take more programs, which read the weights again."""
@@ -257,6 +257,10 @@ _STACK_TESTS: dict[str, tuple[Shape, ...]] = {
 }
 
 
+# Of decoding with words alone, with scales in fields, with a table, with code books and with trits.
+_EVERY_TARGET = ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ3_S", "IQ1_S")
+
+
 def _op(fmt: str) -> Op:
     cols = max(FORMATS[fmt].block_cols, FORMATS[fmt].unit_cols)
     passes = 9 if FORMATS[fmt].parts == 8 else 20  # units: one pass, and part of a second
@@ -281,6 +285,7 @@ def _op(fmt: str) -> Op:
         ),
         work=_work,
         any_dtype=False,
+        targets=tuple(TARGETS) if fmt in _EVERY_TARGET else (86, 90),
     )
 
 

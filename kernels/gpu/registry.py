@@ -16,6 +16,7 @@ MODULES = (
     "gemv_float",
     "expand",
     "gemm",
+    "experts",
     "mla_attention",
     "gqa_attention",
     "route",
