@@ -299,7 +299,8 @@ def packed_bytes_of(name: str, batch: int, rows: int, cols: int, generator: torc
     num_words = 13 if name == "IQ1_S" else 16
     words = coded[..., : 4 * num_words].unflatten(-1, (num_words, 4)).transpose(2, 3).flatten(2)
     if name == "IQ1_M":
-        return words.flatten()
+        flat: torch.Tensor = words.flatten()
+        return flat
     scales, signs = coded[..., 52:55].transpose(2, 3).flatten(2), coded[..., 55] & 15
     nibbles = signs[..., :8] | signs[..., 8:] << 4
     joined = torch.cat((words, scales, nibbles, coded[..., 56:].flatten(2)), -1)
