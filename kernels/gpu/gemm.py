@@ -84,7 +84,8 @@ def gemm_kernel(
 
 
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
-    return {"TOKENS": TOKENS, "ROWS": 64, "UNITS": 2}
+    # Two blocks of trits at once spill two words.
+    return {"TOKENS": TOKENS, "ROWS": 64, "UNITS": 2 if shape["parts"] < 8 else 1}
 
 
 def align_slots(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +135,7 @@ def plan_gemm(
         num_slots = topk_ids.numel()
         slots, experts = aligned or align_slots(topk_ids, weight.batch)
         num_blocks = len(experts)
-    config = launch_config({}, x.dtype, target)
+    config = launch_config({"parts": fmt.parts}, x.dtype, target)
     out = torch.empty(num_slots, weight.rows, dtype=out_dtype or x.dtype, device=x.device)
     launch = Launch(
         gemm_kernel,
