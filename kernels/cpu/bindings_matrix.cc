@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings_address.h"
+#include "codebooks.h"
 #include "kernel_abi.h"
 #include "linear.h"
 #include "matrix.h"
@@ -108,6 +109,17 @@ void bind_quantize(Address x, int64_t cols, Address codes, Address scales, Addre
                     pointer<float>(scales, kName, "scales"), pointer<int16_t>(sums, kName, "sums"));
 }
 
+nb::bytes code_book(const std::string& format) {
+  const auto bytes_of = [](const auto& grid) { return nb::bytes(reinterpret_cast<const char*>(grid), sizeof grid); };
+  if (format == "IQ2_XXS") return bytes_of(kGridIQ2XXS);
+  if (format == "IQ2_XS") return bytes_of(kGridIQ2XS);
+  if (format == "IQ2_S") return bytes_of(kGridIQ2S);
+  if (format == "IQ3_XXS") return bytes_of(kGridIQ3XXS);
+  if (format == "IQ3_S") return bytes_of(kGridIQ3S);
+  if (format == "IQ1_S" || format == "IQ1_M") return bytes_of(kGridIQ1S);
+  throw std::invalid_argument("code_book: " + format + " has none; IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S and IQ1_M do");
+}
+
 }  // namespace
 
 void bind_matrix(nb::module_& m) {
@@ -141,6 +153,8 @@ void bind_matrix(nb::module_& m) {
         "out[t, b, rows] = W[b] @ x[t, b, cols] in float32; strides in elements.");
   m.def("gather_rows", &bind_gather, "pool"_a, "matrix"_a, "ids"_a, "num_tokens"_a, "out"_a, Unlocked(),
         "out[t, cols] = row ids[t] (int32) in float32.");
+  m.def("code_book", &code_book, "format"_a,
+        "Its entries as int8: eight magnitudes each (IQ2), four (IQ3), or eight times eight weights (IQ1).");
   m.def("quantize_activations", &bind_quantize, "x"_a, "cols"_a, "codes"_a, "scales"_a, "sums"_a,
         "Rounds one row as `linear` does: int8 codes (padded to 64), a float32 scale for 256 columns, int16 sums of 16.");
 }

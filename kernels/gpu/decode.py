@@ -10,11 +10,12 @@ their scale:
 ``half_*`` below are those orders. Counting units through the whole matrix (``g = row * units + unit``)
 addresses blocks too, because rows are whole blocks and whole units.
 
-``decode_*(codes, high, scales, head, g, h, ok, P)`` takes the planes of `formats`, ``g`` and the condition
-``ok`` as ``[rows, units, 1]`` and ``h`` as ``[1, 1, 2]``. It returns the code words of part ``P`` (int32
-``[rows, units, 2, 4]``), and scale and minimum (float32, ``[..., 1]`` or ``[..., 2]``): a weight is ``scale
-* (code - OFFSET) - minimum``. Where rows * units * 2 is at most the number of threads, a thread loads
-exactly the scales it uses, and nothing passes through shared memory.
+``decode_*(codes, high, scales, head, table, g, h, P)`` takes the planes of `formats`, a code book or none,
+``g`` as ``[rows, units, 1]`` and ``h`` as ``[1, 1, 2]``; there is such a unit: who has none repeats the last
+one of a row and gives it no weight. It returns the code words of part ``P`` (int32 ``[rows, units, 2, 4]``),
+and scale and minimum (float32, ``[..., 1]`` or ``[..., 2]``): a weight is ``scale * (code - OFFSET) -
+minimum``. Where rows * units * 2 is at most the number of threads, a thread loads exactly the scales it uses,
+and nothing passes through shared memory.
 
 Block layouts: the gguf package's `quants` module.
 """
@@ -48,38 +49,52 @@ def byte_of(word, B: tl.constexpr):
 
 
 @triton.jit
-def lookup_iq4(q):
-    """The int8 values of four indices of IQ4's table, one index in the low half of each byte."""
+def byte_permute(a, b, selector):
+    """Bytes of ``a`` (0-3) and ``b`` (4-7) by the low four nibbles of ``selector``, each below 8."""
     if PLAIN:
-        out = q * 0
-        for b in tl.static_range(4):
-            index = (q >> (8 * b)) & 15
-            # The table as bytes of two words of 64 bits.
-            low, high = -0x091522304052677F, 0x7159453526190D01
-            value = (tl.where(index < 8, low, high) >> ((index & 7) * 8).to(tl.int64)) & 255
-            out |= value.to(tl.int32) << (8 * b)
+        out = selector * 0 + a * 0
+        for i in tl.static_range(4):
+            place = (selector >> (4 * i)) & 7
+            word = tl.where(place < 4, a, b)
+            out |= ((word >> ((place & 3) * 8)) & 255) << (8 * i)
         return out
     else:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 n, i, m, lo, hi;
-            shr.u32 n, $1, 4;
-            or.b32 n, n, $1;
-            prmt.b32 n, n, n, 0x0020;
-            and.b32 i, n, 0x7777;
-            prmt.b32 lo, 0xBFAD9881, 0xF6EADDCF, i;
-            prmt.b32 hi, 0x26190D01, 0x71594535, i;
-            shr.u32 m, n, 1;
-            and.b32 m, m, 0x4444;
-            or.b32 m, m, 0x3210;
-            prmt.b32 $0, lo, hi, m;
-            }""",
-            "=r,r",
-            [q],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def lookup_16(q, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """The bytes of a table of 16, the words A to D, at the low (P 0) or high (P 1) nibbles of the bytes of
+    ``q``.
+
+    Both parts share all but the last step.
+    """
+    a, b, c, d = q * 0 + A, q * 0 + B, q * 0 + C, q * 0 + D
+    index = q & 0x77777777
+    upper = ((q >> 1) & 0x44444444) | 0x32103210
+    first = byte_permute(byte_permute(a, b, index), byte_permute(c, d, index), upper)
+    index, upper = index >> 16, upper >> 16
+    second = byte_permute(byte_permute(a, b, index), byte_permute(c, d, index), upper)
+    return byte_permute(first, second, q * 0 + (0x7531 if P else 0x6420))
+
+
+@triton.jit
+def lookup_iq4(q, P: tl.constexpr):
+    return lookup_16(q, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535, P)
+
+
+@triton.jit
+def lookup_mxfp4(q, P: tl.constexpr):
+    """Twice the numbers of e2m1."""
+    return lookup_16(q, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504, P)
+
+
+@triton.jit
+def one_and_more(word, FIELD: tl.constexpr):
+    """1 plus a fraction whose highest bits are those of ``word`` at FIELD; converting takes longer."""
+    return ((word & FIELD) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -108,7 +123,7 @@ def half_64(unit, P: tl.constexpr, h):
 
 @triton.jit
 def half_q6_k(unit, P: tl.constexpr, h):
-    return 8 * (unit // 2) + 4 * P + 2 * (unit % 2) + h
+    return 8 * (unit >> 1) + 4 * P + 2 * (unit & 1) + h
 
 
 @triton.jit
@@ -117,116 +132,157 @@ def half_128(unit, P: tl.constexpr, h):
 
 
 @triton.jit
-def four_words(plane, at, ok):
+def four_words(plane, at):
     """Words ``at`` to ``at + 3``: ``[rows, units, 2] -> [rows, units, 2, 4]``."""
     i = tl.arange(0, 4)[None, None, None, :]
-    return tl.load(plane + at[:, :, :, None] + i, mask=ok[:, :, :, None], other=0)
+    return tl.load(plane + at[:, :, :, None] + i)
 
 
 # --- blocks of 32 ---
 
 
 @triton.jit
-def decode_q8_0(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    scale = tl.load(head + g, mask=ok, other=0.0).to(tl.float32)
-    return four_words(codes, 8 * g + 4 * h, ok), scale, tl.zeros_like(scale)
+def decode_q8_0(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale = tl.load(head + g).to(tl.float32)
+    return four_words(codes, 8 * g + 4 * h), scale, tl.zeros_like(scale)
 
 
 @triton.jit
-def decode_q4_0(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    scale = tl.load(head + 2 * g + h, mask=ok, other=0.0).to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
+def decode_q4_0(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale = tl.load(head + 2 * g + h).to(tl.float32)
+    q = four_words(codes, 8 * g + 4 * h)
     return (q >> (4 * P)) & 0x0F0F0F0F, scale, tl.zeros_like(scale)
 
 
 @triton.jit
-def decode_q5_0(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    scale = tl.load(head + 2 * g + h, mask=ok, other=0.0).to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
-    fifth = (tl.load(high + 2 * g + h, mask=ok, other=0) >> (16 * P))[:, :, :, None]
+def codes_q5(codes, high, g, h, P: tl.constexpr):
+    q = four_words(codes, 8 * g + 4 * h)
+    fifth = (tl.load(high + 2 * g + h) >> (16 * P))[:, :, :, None]
     bits = spread_bits(fifth >> (4 * tl.arange(0, 4)[None, None, None, :]))
-    return ((q >> (4 * P)) & 0x0F0F0F0F) | bits, scale, tl.zeros_like(scale)
+    return ((q >> (4 * P)) & 0x0F0F0F0F) | bits
 
 
 @triton.jit
-def decode_iq4_nl(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    scale = tl.load(head + 2 * g + h, mask=ok, other=0.0).to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
-    return lookup_iq4((q >> (4 * P)) & 0x0F0F0F0F), scale, tl.zeros_like(scale)
+def decode_q5_0(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale = tl.load(head + 2 * g + h).to(tl.float32)
+    return codes_q5(codes, high, g, h, P), scale, tl.zeros_like(scale)
+
+
+@triton.jit
+def pair_of_halves(head, block):
+    """Scale, and the negative of what is added: a minimum is subtracted."""
+    scale = tl.load(head + 2 * block).to(tl.float32)
+    return scale, -tl.load(head + 2 * block + 1).to(tl.float32)
+
+
+@triton.jit
+def decode_q4_1(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale, minimum = pair_of_halves(head, 2 * g + h)
+    q = four_words(codes, 8 * g + 4 * h)
+    return (q >> (4 * P)) & 0x0F0F0F0F, scale, minimum
+
+
+@triton.jit
+def decode_q5_1(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale, minimum = pair_of_halves(head, 2 * g + h)
+    return codes_q5(codes, high, g, h, P), scale, minimum
+
+
+@triton.jit
+def decode_mxfp4(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    e = tl.load(head + 2 * g + h).to(tl.int32)
+    # 2^(e - 128), because codes are twice the numbers; the two smallest are denormal.
+    scale = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23).to(tl.float32, bitcast=True)
+    q = four_words(codes, 8 * g + 4 * h)
+    return lookup_mxfp4(q, P), scale, tl.zeros_like(scale)
+
+
+@triton.jit
+def decode_iq4_nl(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale = tl.load(head + 2 * g + h).to(tl.float32)
+    q = four_words(codes, 8 * g + 4 * h)
+    return lookup_iq4(q, P), scale, tl.zeros_like(scale)
 
 
 # --- blocks of 256 ---
 
 
 @triton.jit
-def decode_iq4_xs(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    block, pair = g // 4, g % 4
-    d = tl.load(head + block, mask=ok, other=0.0).to(tl.float32)
-    low = tl.load(scales + g, mask=ok, other=0).to(tl.int32) >> (4 * h)
-    top = tl.load(high + block, mask=ok, other=0).to(tl.int32) >> (4 * pair + 2 * h)
+def decode_iq4_xs(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    block, pair = (g >> 2), (g & 3)
+    d = tl.load(head + block).to(tl.float32)
+    low = tl.load(scales + g).to(tl.int32) >> (4 * h)
+    top = tl.load(high + block).to(tl.int32) >> (4 * pair + 2 * h)
     scale = d * (((low & 15) | ((top & 3) << 4)) - 32).to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
-    return lookup_iq4((q >> (4 * P)) & 0x0F0F0F0F), scale, tl.zeros_like(scale)
+    q = four_words(codes, 8 * g + 4 * h)
+    return lookup_iq4(q, P), scale, tl.zeros_like(scale)
 
 
 @triton.jit
-def scales_of_6_bits(scales, head, block, j, ok):
+def scales_of_6_bits(scales, head, block, j):
     """Scale and minimum ``j`` of a Q4_K or Q5_K block: 8 of each in 12 bytes."""
     at = scales + 12 * block + (j & 3)
-    a = tl.load(at, mask=ok, other=0).to(tl.int32)
-    b = tl.load(at + 4, mask=ok, other=0).to(tl.int32)
-    c = tl.load(at + 8, mask=ok, other=0).to(tl.int32)
+    a = tl.load(at).to(tl.int32)
+    b = tl.load(at + 4).to(tl.int32)
+    c = tl.load(at + 8).to(tl.int32)
     scale = tl.where(j < 4, a & 63, (c & 15) | ((a >> 6) << 4))
     minimum = tl.where(j < 4, b & 63, (c >> 4) | ((b >> 6) << 4))
-    d = tl.load(head + 2 * block, mask=ok, other=0.0).to(tl.float32)
-    dmin = tl.load(head + 2 * block + 1, mask=ok, other=0.0).to(tl.float32)
+    d = tl.load(head + 2 * block).to(tl.float32)
+    dmin = tl.load(head + 2 * block + 1).to(tl.float32)
     return d * scale.to(tl.float32), dmin * minimum.to(tl.float32)
 
 
 @triton.jit
-def decode_q4_k(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    scale, minimum = scales_of_6_bits(scales, head, g // 4, 2 * (g % 4) + P, ok)
-    q = four_words(codes, 8 * g + 4 * h, ok)
+def decode_q4_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale, minimum = scales_of_6_bits(scales, head, (g >> 2), 2 * (g & 3) + P)
+    q = four_words(codes, 8 * g + 4 * h)
     return (q >> (4 * P)) & 0x0F0F0F0F, scale, minimum
 
 
 @triton.jit
-def decode_q5_k(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    j = 2 * (g % 4) + P
-    scale, minimum = scales_of_6_bits(scales, head, g // 4, j, ok)
-    q = four_words(codes, 8 * g + 4 * h, ok)
-    fifth = four_words(high, 8 * (g // 4) + 4 * h, ok) >> j[:, :, :, None]
+def decode_q5_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    j = 2 * (g & 3) + P
+    scale, minimum = scales_of_6_bits(scales, head, (g >> 2), j)
+    q = four_words(codes, 8 * g + 4 * h)
+    fifth = four_words(high, 8 * (g >> 2) + 4 * h) >> j[:, :, :, None]
     return ((q >> (4 * P)) & 0x0F0F0F0F) | ((fifth & 0x01010101) << 4), scale, minimum
 
 
 @triton.jit
-def decode_q6_k(codes, high, scales, head, g, h, ok, P: tl.constexpr):
+def decode_q6_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
     # 64 bytes of ql are two units, the sides of 128 columns; they share 32 bytes of qh.
-    pair, side = g // 2, g % 2
-    raw = tl.load(scales + 8 * pair + 4 * P + 2 * side + h, mask=ok, other=0).to(tl.int8, bitcast=True)
-    scale = tl.load(head + g // 4, mask=ok, other=0.0).to(tl.float32) * raw.to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
-    top = four_words(high, 8 * pair + 4 * h, ok) >> (4 * P + 2 * side)[:, :, :, None]
+    pair, side = (g >> 1), (g & 1)
+    raw = tl.load(scales + 8 * pair + 4 * P + 2 * side + h).to(tl.int8, bitcast=True)
+    scale = tl.load(head + (g >> 2)).to(tl.float32) * raw.to(tl.float32)
+    q = four_words(codes, 8 * g + 4 * h)
+    top = four_words(high, 8 * pair + 4 * h) >> (4 * P + 2 * side)[:, :, :, None]
     return ((q >> (4 * P)) & 0x0F0F0F0F) | ((top & 0x03030303) << 4), scale, tl.zeros_like(scale)
 
 
 @triton.jit
-def decode_q2_k(codes, high, scales, head, g, h, ok, P: tl.constexpr):
-    both = tl.load(scales + 8 * g + 2 * P + h, mask=ok, other=0).to(tl.int32)
-    d = tl.load(head + 2 * (g // 2), mask=ok, other=0.0).to(tl.float32)
-    dmin = tl.load(head + 2 * (g // 2) + 1, mask=ok, other=0.0).to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
+def decode_q2_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    both = tl.load(scales + 8 * g + 2 * P + h).to(tl.int32)
+    d = tl.load(head + 2 * (g >> 1)).to(tl.float32)
+    dmin = tl.load(head + 2 * (g >> 1) + 1).to(tl.float32)
+    q = four_words(codes, 8 * g + 4 * h)
     return (q >> (2 * P)) & 0x03030303, d * (both & 15).to(tl.float32), dmin * (both >> 4).to(tl.float32)
 
 
 @triton.jit
-def decode_q3_k(codes, high, scales, head, g, h, ok, P: tl.constexpr):
+def decode_q3_k(codes, high, scales, head, table, g, h, P: tl.constexpr):
     # Scale j of 16: 4 low bits in bytes 0-7, two scales to a byte; 2 high ones in bytes 8-11, four to a byte.
-    block, side = g // 2, g % 2
-    low = tl.load(scales + 12 * block + 2 * P + h, mask=ok, other=0).to(tl.int32) >> (4 * side)
-    top = tl.load(scales + 12 * block + 8 + 2 * (P % 2) + h, mask=ok, other=0).to(tl.int32)
+    block, side = (g >> 1), (g & 1)
+    low = tl.load(scales + 12 * block + 2 * P + h).to(tl.int32) >> (4 * side)
+    top = tl.load(scales + 12 * block + 8 + 2 * (P % 2) + h).to(tl.int32)
     raw = ((low & 15) | (((top >> (4 * side + 2 * (P // 2))) & 3) << 4)) - 32
-    scale = tl.load(head + block, mask=ok, other=0.0).to(tl.float32) * raw.to(tl.float32)
-    q = four_words(codes, 8 * g + 4 * h, ok)
-    third = four_words(high, 8 * block + 4 * h, ok) >> (4 * side + P)[:, :, :, None]
+    scale = tl.load(head + block).to(tl.float32) * raw.to(tl.float32)
+    q = four_words(codes, 8 * g + 4 * h)
+    third = four_words(high, 8 * block + 4 * h) >> (4 * side + P)[:, :, :, None]
     return ((q >> (2 * P)) & 0x03030303) | ((third & 0x01010101) << 2), scale, tl.zeros_like(scale)
+
+
+@triton.jit
+def decode_tq2_0(codes, high, scales, head, table, g, h, P: tl.constexpr):
+    scale = tl.load(head + (g >> 1)).to(tl.float32)
+    q = four_words(codes, 8 * g + 4 * h)
+    return (q >> (2 * P)) & 0x03030303, scale, tl.zeros_like(scale)

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from hybrid.kernels.gpu.dequantize_codebook_torch import CODEBOOK_BLOCKS
 from hybrid.kernels.gpu.formats import Format, QuantizedMatrix, join_planes
+from hybrid.kernels.gpu.rearrange import trits_of
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice those of e2m1
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return blocks[:, at : at + 2].clone().view(torch.float16).float()
 
 
 def _shifted(values: torch.Tensor, shifts: tuple[int, ...], mask: int) -> torch.Tensor:
@@ -41,6 +45,31 @@ def _q4_0(b: torch.Tensor) -> _Pair:
 def _q5_0(b: torch.Tensor) -> _Pair:
     fifth = _shifted(b[:, 2:6], tuple(range(8)), 1).transpose(1, 2).flatten(1)
     return _plain((_shifted(b[:, 6:], (0, 4), 15).flatten(1) + 16 * fifth - 16).float() * _half(b, 0))
+
+
+def _q4_1(b: torch.Tensor) -> _Pair:
+    return _shifted(b[:, 4:], (0, 4), 15).flatten(1).float() * _half(b, 0), -_half(b, 2)
+
+
+def _q5_1(b: torch.Tensor) -> _Pair:
+    fifth = _shifted(b[:, 4:8], tuple(range(8)), 1).transpose(1, 2).flatten(1)
+    return (_shifted(b[:, 8:], (0, 4), 15).flatten(1) + 16 * fifth).float() * _half(b, 0), -_half(b, 2)
+
+
+def _mxfp4(b: torch.Tensor) -> _Pair:
+    values = torch.tensor(MXFP4_VALUES, dtype=torch.float32, device=b.device)
+    return _plain(
+        values[_shifted(b[:, 1:], (0, 4), 15).flatten(1).long()] * 2.0 ** (b[:, :1].double() - 128).float()
+    )
+
+
+def _tq1_0(b: torch.Tensor) -> _Pair:
+    return _plain((trits_of(b[:, :52])[:, :256].float() - 1) * _half(b, 52))
+
+
+def _tq2_0(b: torch.Tensor) -> _Pair:
+    q = _shifted(b[:, :64].reshape(-1, 32), (0, 2, 4, 6), 3).reshape(len(b), 256)
+    return _plain((q.float() - 1) * _half(b, 64))
 
 
 def _iq4(indices: torch.Tensor) -> torch.Tensor:
@@ -117,6 +146,12 @@ BLOCKS: dict[str, Callable[[torch.Tensor], _Pair]] = {
     "Q6_K": _q6_k,
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
+    "Q4_1": _q4_1,
+    "Q5_1": _q5_1,
+    "MXFP4": _mxfp4,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    **CODEBOOK_BLOCKS,
 }
 
 

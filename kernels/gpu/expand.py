@@ -30,23 +30,24 @@ def part_values(
     high,
     scales,
     head,
+    table,
     first,
     units,
     begin,
-    there,
     P: tl.constexpr,
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Float32 weights ``[ROWS, 32 * UNITS]`` in the order of `part_columns`; 0 where there are none.
+    """Float32 weights ``[ROWS, 32 * UNITS]`` in the order of `part_columns`; where a row has no more units,
+    its last one again.
 
-    ``first`` is each row's first unit, counted through the matrix.
+    ``first`` is the first unit, counted through the matrix, of a row that there is.
     """
     unit = begin + tl.arange(0, UNITS)[None, :, None]
     h = tl.arange(0, 2)[None, None, :]
-    ok = (unit < units) & there[:, None, None]
-    code, scale, minimum = DECODE(codes, high, scales, head, first[:, None, None] + unit, h, ok, P)
+    g = first[:, None, None] + tl.minimum(unit, units - 1)
+    code, scale, minimum = DECODE(codes, high, scales, head, table, g, h, P)
     shift = 24 - 8 * tl.arange(0, 4)[None, None, None, None, :]
     q = ((code[:, :, :, :, None] << shift) >> 24) - OFFSET
     values = q.to(tl.float32) * scale[:, :, :, None, None] - minimum[:, :, :, None, None]
@@ -59,6 +60,7 @@ def expand_kernel(
     high,
     scales,
     head,
+    table,
     out,
     num_rows,
     units,
@@ -78,10 +80,10 @@ def expand_kernel(
             high,
             scales,
             head,
-            row * units,
+            table,
+            tl.minimum(row, num_rows - 1) * units,
             units,
             begin,
-            row < num_rows,
             p,
             OFFSET,
             ROWS,

@@ -19,7 +19,7 @@ from hybrid.kernels.gpu.formats import FORMATS, QuantizedMatrix
 from hybrid.kernels.gpu.launch import FLOATS, Launch, Plan, check, check_tensor
 from hybrid.kernels.gpu.op import EPS32, Make, Op, Shape, Work, unit_roundoff
 from hybrid.kernels.gpu.random_matrix import random_matrix
-from hybrid.kernels.gpu.target import Target, target_of
+from hybrid.kernels.gpu.target import TARGETS, Target, target_of
 
 TOKENS = 64
 """Slots of a program."""
@@ -32,6 +32,7 @@ def gemm_kernel(
     high,
     scales,
     head,
+    table,
     slots,
     experts,
     out,
@@ -60,14 +61,14 @@ def gemm_kernel(
         end = tl.where(expert < 0, 0, units)
         slot = tl.load(slots + place)
     cols = units * (32 * PARTS)
-    first = (expert * num_rows + row) * units
+    first = (expert * num_rows + tl.minimum(row, num_rows - 1)) * units
     x_row = x + (tl.minimum(slot, num_slots - 1) // slots_per_x)[:, None].to(tl.int64) * cols
     sums = tl.zeros([TOKENS, ROWS], tl.float32)
     for begin in range(0, end, UNITS):
         inside = (begin + tl.arange(0, 32 * UNITS) // 32) < units
         for p in tl.static_range(PARTS):
             w = part_values(
-                DECODE, codes, high, scales, head, first, units, begin, row < num_rows, p, OFFSET, ROWS, UNITS
+                DECODE, codes, high, scales, head, table, first, units, begin, p, OFFSET, ROWS, UNITS
             )
             values = tl.load(
                 x_row + part_columns(HALF, begin, p, UNITS)[None, :], mask=inside[None, :], other=0.0
@@ -83,7 +84,8 @@ def gemm_kernel(
 
 
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
-    return {"TOKENS": TOKENS, "ROWS": 64, "UNITS": 2}
+    # Two blocks of trits at once spill two words.
+    return {"TOKENS": TOKENS, "ROWS": 64, "UNITS": 2 if shape["parts"] < 8 else 1}
 
 
 def align_slots(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +120,9 @@ def plan_gemm(
     weight: QuantizedMatrix,
     topk_ids: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    aligned: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
+    """``aligned``: what `align_slots` gave for these ids, where several products share them."""
     fmt, grouped = weight.format, topk_ids is not None
     check_tensor("gemm", "x", x, (None, weight.cols), FLOATS, x.device)
     check(weight.data.device == x.device, "gemm", f"weights on {x.device}", weight.data.device)
@@ -129,9 +133,9 @@ def plan_gemm(
     else:
         check_tensor("gemm", "topk_ids", topk_ids, (x.shape[0], None), (torch.int32,), x.device)
         num_slots = topk_ids.numel()
-        slots, experts = align_slots(topk_ids, weight.batch)
+        slots, experts = aligned or align_slots(topk_ids, weight.batch)
         num_blocks = len(experts)
-    config = launch_config({}, x.dtype, target)
+    config = launch_config({"parts": fmt.parts}, x.dtype, target)
     out = torch.empty(num_slots, weight.rows, dtype=out_dtype or x.dtype, device=x.device)
     launch = Launch(
         gemm_kernel,
@@ -234,6 +238,10 @@ def _work(shape: Shape) -> Work:
     return Work(moved, 2 * shape["rows"] * shape["cols"] * slots)
 
 
+# `expand` has every format's decoding: of products, one of each kind.
+_INTERPRETED = ("Q8_0", "Q4_K", "Q6_K", "IQ1_S", "IQ3_S")
+
+
 def _op(name: str) -> Op:
     cols = max(FORMATS[name].block_cols, FORMATS[name].unit_cols)
     grouped: tuple[Shape, ...] = ()
@@ -246,11 +254,13 @@ def _op(name: str) -> Op:
         arguments=_arguments,
         bounds=_bounds,
         test_shapes=(
-            {"format": name, "num_tokens": 66, "rows": 5, "cols": 3 * cols},
+            {"format": name, "num_tokens": 66 if name == "Q4_K" else 3, "rows": 5, "cols": 3 * cols},
             {"format": name, "num_tokens": 3, "rows": 33, "cols": cols, "batch": 4, "k": 2},
         ),
         production_shapes=({"format": name, "num_tokens": 2048, "rows": 18432, "cols": 7168}, *grouped),
         work=_work,
+        interpreted=name in _INTERPRETED,
+        targets=tuple(TARGETS) if name in _INTERPRETED else (86,),
     )
 
 

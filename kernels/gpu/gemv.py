@@ -19,7 +19,7 @@ from hybrid.kernels.gpu.launch import Launch, Plan, check, check_tensor
 from hybrid.kernels.gpu.op import EPS32, Make, Op, Shape, Work
 from hybrid.kernels.gpu.quantize_activations import ACTIVATION_BLOCK, SUM_BLOCK, quantize_activations_torch
 from hybrid.kernels.gpu.random_matrix import random_matrix
-from hybrid.kernels.gpu.target import Target, target_of
+from hybrid.kernels.gpu.target import TARGETS, Target, target_of
 
 MAX_TOKENS = 4
 """Tokens a program takes at once; more take more programs, which read the weights again."""
@@ -34,6 +34,7 @@ def gemv_kernel(
     high,
     scales,
     head,
+    table,
     ids,
     out,
     num_tokens,
@@ -65,30 +66,34 @@ def gemv_kernel(
     end = units
     if HAS_IDS:
         end = tl.where(matrix < 0, 0, units)
+    first_unit = ((matrix * num_rows + tl.minimum(row, num_rows - 1)) * units)[:, None, None]
     for begin in range(0, end, UNITS):
         unit = begin + tl.arange(0, UNITS)[None, :, None]
-        ok = (unit < units) & (row < num_rows)[:, None, None]
-        g = (matrix * num_rows + row)[:, None, None] * units + unit
+        # Who has no unit takes the last one, whose activations count as zeros.
+        there = unit < units
+        unit = tl.minimum(unit, units - 1)
+        g = first_unit + unit
+        # Parts are a constant apart, which pointers of 64 bits let loads have as their offset.
+        first_half = HALF(unit, 0, h)
         for p in tl.static_range(PARTS):
-            code, scale, minimum = DECODE(codes, high, scales, head, g, h, ok, p)
-            half = HALF(unit, p, h)
+            code, scale, minimum = DECODE(codes, high, scales, head, table, g, h, p)
+            step = HALF(0, p, h) - HALF(0, 0, h)
             more = ()
             for t in tl.static_range(TOKENS):
                 token = tl.minimum(first + t, num_tokens - 1) // slots_per_x
-                at = token * num_halves + half
-                words = tl.load(x + 4 * at[:, :, :, None] + i, mask=(unit < units)[:, :, :, None], other=0)
+                at = token * num_halves + first_half
+                words = tl.load(x + 4 * at[:, :, :, None] + 4 * step[:, :, :, None] + i)
                 dots = dot4(code, tl.broadcast_to(words, code.shape), tl.zeros(code.shape, tl.int32))
                 dot = tl.sum(dots, axis=3)
                 if OFFSET != 0 or HAS_MINIMUM:
-                    total = tl.load(x_sums + at, mask=unit < units, other=0).to(tl.int32)
+                    total = tl.load(x_sums + at + step).to(tl.int32)
                 if OFFSET != 0:
                     dot -= OFFSET * total
                 term = dot.to(tl.float32) * scale
                 if HAS_MINIMUM:
                     term -= total.to(tl.float32) * minimum
-                x_scale = tl.load(
-                    x_scales + token * num_x_scales + unit * PARTS // 8, mask=unit < units, other=0.0
-                )
+                block = token * num_x_scales + ((unit * PARTS) >> 3)
+                x_scale = tl.load(x_scales + block, mask=there, other=0.0)
                 more = more + (sums[t] + term * x_scale,)  # type: ignore[assignment] # noqa: RUF005
             sums = more
     for t in tl.static_range(TOKENS):
@@ -101,8 +106,10 @@ def gemv_kernel(
 
 def launch_config(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, int]:
     """8 warps for 256 halves, one a thread: see `decode`. Rows and units never depend on tokens."""
-    tokens = 1 if shape["ids"] else min(MAX_TOKENS, 1 << (shape["num_tokens"] - 1).bit_length())
-    return {"TOKENS": tokens, "ROWS": 8, "UNITS": 16}
+    most = MAX_TOKENS if shape["parts"] < 8 else 2  # four would need more registers than there are
+    tokens = 1 if shape["ids"] else min(most, 1 << (shape["num_tokens"] - 1).bit_length())
+    units = 16 if shape["parts"] < 8 else 8  # of 256 columns: more would be idle in a row of 2048
+    return {"TOKENS": tokens, "ROWS": 128 // units, "UNITS": units}
 
 
 def plan_gemv(
@@ -127,7 +134,8 @@ def plan_gemv(
         check_tensor("gemv", "ids", ids, (None,), (torch.int32,), device)
         num_tokens = len(ids)
         check(num_x > 0 and num_tokens % num_x == 0, "gemv", f"a multiple of {num_x} ids", num_tokens)
-    config = launch_config({"num_tokens": max(1, num_tokens), "ids": ids is not None}, torch.int8, target)
+    shape = {"num_tokens": max(1, num_tokens), "ids": ids is not None, "parts": fmt.parts}
+    config = launch_config(shape, torch.int8, target)
     out = torch.empty(num_tokens, weight.rows, dtype=torch.float32, device=device)
     launch = Launch(
         gemv_kernel,
@@ -222,7 +230,7 @@ def _bounds(args: Mapping[str, Any], refs: tuple[torch.Tensor, ...]) -> tuple[to
     # Integers are exact. A term takes 5 roundings (scale, minimum, activation's scale, product), a sum in a
     # lane two for each part of each pass, and the 128 lanes of a row 7 more.
     weight, x = args["weight"], args["x_codes"]
-    passes = triton.cdiv(weight.units, 16)
+    passes = triton.cdiv(weight.units, 16 if weight.format.parts < 8 else 8)
     size = (
         x.double().abs() * args["x_scales"].double().repeat_interleave(ACTIVATION_BLOCK, 1)[:, : weight.cols]
     )
@@ -240,10 +248,22 @@ def _work(shape: Shape) -> Work:
 
 # The code with ids is that without and a branch: two formats are compiled with them.
 _STACKS = ("Q8_0", "Q4_K")
+_STACK_TESTS: dict[str, tuple[Shape, ...]] = {
+    "Q4_K": (
+        {"format": "Q4_K", "num_tokens": 2, "rows": 9, "cols": 256, "batch": 3, "slots": 4},
+        {"format": "Q4_K", "num_tokens": 5, "rows": 9, "cols": 256},
+    ),
+    "IQ1_S": ({"format": "IQ1_S", "num_tokens": 2, "rows": 17, "cols": 256, "batch": 3, "slots": 4},),
+}
+
+
+# Of decoding with words alone, with scales in fields, with a table, with code books and with trits.
+_EVERY_TARGET = ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ3_S", "IQ1_S")
 
 
 def _op(fmt: str) -> Op:
     cols = max(FORMATS[fmt].block_cols, FORMATS[fmt].unit_cols)
+    passes = 9 if FORMATS[fmt].parts == 8 else 20  # units: one pass, and part of a second
     return Op(
         name=f"gemv_{fmt}",
         plan=plan_gemv,
@@ -251,9 +271,8 @@ def _op(fmt: str) -> Op:
         arguments=_arguments,
         bounds=_bounds,
         test_shapes=(
-            {"format": fmt, "num_tokens": 1, "rows": 9, "cols": 3 * cols},
-            {"format": fmt, "num_tokens": 3, "rows": 3, "cols": 20 * FORMATS[fmt].unit_cols},
-            {"format": fmt, "num_tokens": 2, "rows": 4, "cols": cols, "batch": 3, "slots": 4},
+            {"format": fmt, "num_tokens": 2, "rows": 3, "cols": max(cols, passes * FORMATS[fmt].unit_cols)},
+            *_STACK_TESTS.get(fmt, ()),
         ),
         production_shapes=(
             {"format": fmt, "num_tokens": 1, "rows": 18432, "cols": 7168},
@@ -266,6 +285,7 @@ def _op(fmt: str) -> Op:
         ),
         work=_work,
         any_dtype=False,
+        targets=tuple(TARGETS) if fmt in _EVERY_TARGET else (86, 90),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from hybrid.kernels.gpu.launch import Plan
+from hybrid.kernels.gpu.target import TARGETS
 
 Shape = Mapping[str, Any]
 EPS32 = torch.finfo(torch.float32).eps
@@ -74,6 +75,9 @@ class Op:
         production_shapes: what models have; compiled ahead of time and timed.
         any_dtype: whether arguments have a type that models choose; otherwise one type is tested.
         work: least traffic and arithmetic of a shape, the benchmark's roofline.
+        interpreted: whether the interpreter's tests have it; those of a format without are made of the same
+            device functions as rows with it.
+        targets: compute capabilities that it is compiled for ahead of time.
     """
 
     name: str
@@ -86,6 +90,8 @@ class Op:
     work: Callable[[Shape], Work]
     changed: tuple[str, ...] = ()
     any_dtype: bool = True
+    interpreted: bool = True
+    targets: tuple[int, ...] = tuple(TARGETS)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

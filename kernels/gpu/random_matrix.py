@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from hybrid.kernels.gpu.formats import FORMATS, Format, QuantizedMatrix, plane_starts, split_planes
 from hybrid.kernels.gpu.op import Make
+from hybrid.kernels.gpu.rearrange import REARRANGED
+
+_HEADS = dict.fromkeys(REARRANGED, (0, 2))  # d of these blocks in the file
 
 
 def random_blocks(fmt: Format, num_blocks: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 ``[num_blocks, block_bytes]``."""
     shape = (num_blocks, fmt.block_bytes)
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    head = fmt.planes[3]
-    halves = torch.randn(num_blocks, head.num_bytes // 2, generator=generator) * 0.01
-    blocks[:, head.offset : head.offset + head.num_bytes] = halves.half().view(torch.uint8)
+    at, size = _HEADS.get(fmt.name, (fmt.planes[3].offset, fmt.planes[3].num_bytes))
+    if size == 1:  # an exponent
+        blocks[:, at] = torch.randint(118, 124, (num_blocks,), dtype=torch.uint8, generator=generator)
+        return blocks
+    halves = (torch.randn(num_blocks, size // 2, generator=generator) * 0.01).half().view(torch.uint8)
+    if fmt.name == "IQ1_M":  # a nibble of d is the highest of each of four words
+        nibbles = torch.stack((halves & 15, halves >> 4), -1).reshape(num_blocks, 4)
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | nibbles << 4
+    else:
+        blocks[:, at : at + size] = halves
     return blocks
 
 

@@ -19,11 +19,13 @@ MODULES = (
     "gemm_float",
     "transposed",
     "combine",
+    "experts",
     "mla_attention",
     "gqa_attention",
     "route",
     "sampling",
     "unpack",
+    "unpack_float",
 )
 
 OPS: dict[str, Op] = {

@@ -11,6 +11,7 @@ from hybrid.kernels.gpu.verify import verify
 CASES = [
     pytest.param(op, shape, dtype, id=f"{op.name}-{shape_name(shape)}-{str(dtype)[6:]}")
     for op in OPS.values()
+    if op.interpreted
     for shape in op.test_shapes
     for dtype in (torch.float32, *((torch.float16,) if op.any_dtype else ()))
 ]

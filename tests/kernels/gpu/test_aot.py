@@ -15,7 +15,7 @@ from hybrid.kernels.gpu.verify import make_arguments
 
 pytestmark = pytest.mark.aot
 
-CASES = [(name, capability) for name in OPS for capability in TARGETS]
+CASES = [(name, capability) for name, op in OPS.items() for capability in op.targets]
 
 
 def launches(op, target):

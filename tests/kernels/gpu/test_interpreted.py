@@ -37,4 +37,6 @@ def test_every_operation_passes_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
-    assert int(passed[1]) >= sum(len(op.test_shapes) for op in OPS.values()), done.stdout[-500:]
+    assert int(passed[1]) >= sum(len(op.test_shapes) for op in OPS.values() if op.interpreted), done.stdout[
+        -500:
+    ]
