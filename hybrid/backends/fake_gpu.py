@@ -59,7 +59,7 @@ class FakeGpuBackend(Backend):
         return self._operations.allocate_stack(shape, count)
 
     def unpack(self, stack: Any, index: int, packed: torch.Tensor) -> None:
-        self._queue("unpack", None, stack, index, packed)
+        self._act("unpack", stack, index, packed)
 
     def allocate_latent_cache(self, num_blocks: int, latent_dim: int, rope_dim: int, fmt: KVFormat) -> Any:
         return self._operations.allocate_latent_cache(num_blocks, latent_dim, rope_dim, fmt)

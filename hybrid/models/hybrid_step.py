@@ -200,7 +200,7 @@ class _Lane:
         self.streams: dict[Runtime, Stream] = {r: decoder.stream(r, name) for r in decoder.runtimes}
         first = _runtime(decoder.first)
         self._token_ids = first.pinned((num_seqs,), torch.int32)
-        self._batch = {name: first.pinned((num_seqs,), torch.int32) for name in _VECTORS}
+        self._batch: dict[str, Any] = {name: first.pinned((num_seqs,), torch.int32) for name in _VECTORS}
         self._batch["query_start"] = first.pinned((num_seqs + 1,), torch.int32)
         self._batch["query_start"].copy_(torch.arange(num_seqs + 1))
         self._batch["block_tables"] = first.pinned((num_seqs, decoder.max_blocks), torch.int32)
