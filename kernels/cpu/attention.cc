@@ -15,7 +15,7 @@ int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
 // Queries and keys in two parts, latent and rotary; values are the latents.
 class LatentSource final : public AttentionSource {
  public:
-  explicit LatentSource(const MlaAttentionArgs& args) : args_(args), ops_(ops_table(current_isa())) {
+  explicit LatentSource(const MlaAttentionArgs& args) : args_(args) {
     num_kv_heads = 1;
     key_dims[0] = args.cache.latent_dim;
     key_dims[1] = args.cache.rope_dim;
@@ -29,19 +29,14 @@ class LatentSource final : public AttentionSource {
     return args_.q + (row + 1) * args_.head_dim - args_.cache.rope_dim;
   }
 
-  float fix_key(int64_t slot, int64_t, int part, int16_t* words, int64_t panel_stride) const override {
-    return args_.cache.rows.fix(ops_, slot, part == 0 ? 0 : key_dims[0], key_dims[part], words, panel_stride);
+  CacheColumns key(int64_t, int part) const override {
+    return {&args_.cache.rows, part == 0 ? 0 : key_dims[0], key_dims[part]};
   }
 
-  float fix_value(int64_t, int64_t, int16_t*, int64_t) const override { return 0.0f; }
-
-  void prefetch(int64_t slot, int64_t) const override {
-    args_.cache.rows.prefetch(slot, 0, args_.cache.rows.width);
-  }
+  CacheColumns value(int64_t kv_head) const override { return key(kv_head, 0); }
 
  private:
   const MlaAttentionArgs& args_;
-  const OpsTable& ops_;
 };
 
 [[noreturn]] void refuse(const std::string& problem) { throw std::invalid_argument(problem); }

@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "ops.h"
 #include "scratch.h"
@@ -12,7 +13,7 @@
 namespace hybrid {
 namespace {
 
-constexpr int64_t kRowsPerUnit = 128;          // (token, head) pairs that share a block of keys in fixed point
+constexpr int64_t kRowsPerUnit = 128;          // (token, head) pairs that share a block of keys as it is multiplied
 constexpr int64_t kMostStateFloats = 8 << 20;  // states kept at once: 32 MiB
 
 int64_t pad(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -30,15 +31,28 @@ struct Unit {
 };
 
 // What a worker keeps while it runs a unit.
+template <class Number>
 struct Workspace {
-  int16_t *keys, *value_words, *values, *queries, *weights;
+  Number *keys, *value_rows, *values, *queries, *weights;
   float *key_units[2], *value_units, *query_units[2];
   float *scores, *rescale, *weight_units;
   int32_t* lane_keys;
   float *states, *all_states;  // of the split at hand, and of the splits merged so far
 };
 
+template <class Number>
+const AttentionOps<Number>& attention_ops(const OpsTable& ops) {
+  if constexpr (std::is_same_v<Number, float>) {
+    return ops.floats;
+  } else {
+    return ops.words;
+  }
+}
+
+template <class Number>
 class FlashAttention {
+  using Workspace = hybrid::Workspace<Number>;
+
  public:
   FlashAttention(ThreadPool& pool, const QueryRows& rows, const AttentionSource& source, float scale, float* out)
       : pool_(pool),
@@ -47,9 +61,10 @@ class FlashAttention {
         scale_(scale),
         out_(out),
         ops_(ops_table(current_isa())),
+        attention_(attention_ops<Number>(ops_)),
         scratch_(Scratch::fresh()),
         num_panels_{ceil_div(source.key_dims[0], kPanel), ceil_div(source.key_dims[1], kPanel)},
-        query_words_((num_panels_[0] + num_panels_[1]) * kPanel * kLanes),
+        query_numbers_((num_panels_[0] + num_panels_[1]) * kPanel * kLanes),
         num_columns_(pad(source.value_dim, 32)),
         state_floats_((2 + num_columns_) * kLanes),
         heads_per_key_(rows.num_heads / source.num_kv_heads) {}
@@ -133,13 +148,13 @@ class FlashAttention {
     workspaces_ = scratch_.take<Workspace>(threads);
     for (int i = 0; i < threads; ++i) {
       Workspace& w = workspaces_[i];
-      w.keys = scratch_.take<int16_t>(panels * kPanelStride);
-      w.value_words = source_.values_are_keys
-                          ? w.keys
-                          : scratch_.take<int16_t>(ceil_div(source_.value_dim, kPanel) * kPanelStride);
-      w.values = scratch_.take<int16_t>(num_columns_ / 16 * kValueTileStride);
-      w.queries = scratch_.take<int16_t>(groups * query_words_);
-      w.weights = scratch_.take<int16_t>(kKeyBlock * kLanes);
+      w.keys = scratch_.take<Number>(panels * kPanelStride);
+      w.value_rows = source_.values_are_keys
+                         ? w.keys
+                         : scratch_.take<Number>(ceil_div(source_.value_dim, kPanel) * kPanelStride);
+      w.values = scratch_.take<Number>(num_columns_ / 16 * kValueTileStride);
+      w.queries = scratch_.take<Number>(groups * query_numbers_);
+      w.weights = scratch_.take<Number>(kKeyBlock * kLanes);
       for (int part = 0; part < 2; ++part) {
         w.key_units[part] = scratch_.take<float>(kKeyBlock);
         w.query_units[part] = scratch_.take<float>(groups * kLanes);
@@ -191,13 +206,13 @@ class FlashAttention {
   }
 
   void load_queries(const UnitRows& rows, int64_t groups, const Workspace& w) const {
-    std::fill_n(w.queries, groups * query_words_, int16_t{0});
+    std::fill_n(w.queries, groups * query_numbers_, Number{0});
     for (int part = 0; part < 2; ++part) std::fill_n(w.query_units[part], groups * kLanes, 0.0f);
     for (int64_t row = 0; row < rows.count(); ++row) {
-      int16_t* lane = w.queries + row / kLanes * query_words_ + row % kLanes * 2;
+      Number* lane = w.queries + row / kLanes * query_numbers_ + row % kLanes * kStep<Number>;
       for (int part = 0; part < 2 && source_.key_dims[part] > 0; ++part) {
         const float* query = source_.query(rows.token(row), rows.head(row), part);
-        w.query_units[part][row] = ops_.fix_query(query, source_.key_dims[part], lane) * scale_;
+        w.query_units[part][row] = attention_.fix_query(query, source_.key_dims[part], lane) * scale_;
         lane += num_panels_[part] * kPanel * kLanes;
       }
     }
@@ -231,24 +246,29 @@ class FlashAttention {
     return int64_t{table[position / kCacheBlock]} * kCacheBlock + position % kCacheBlock;
   }
 
+  void prefetch(int64_t slot, int64_t kv_head) const {
+    for (int part = 0; part < 2 && source_.key_dims[part] > 0; ++part) source_.key(kv_head, part).prefetch(slot);
+    if (!source_.values_are_keys) source_.value(kv_head).prefetch(slot);
+  }
+
   void load_block(const UnitRows& rows, int32_t first_key, int32_t count, bool unexpected, const Workspace& w) const {
     constexpr int32_t kAhead = 8;
     for (int32_t key = 0; key < count; ++key) {
-      if (unexpected && key + kAhead < count) source_.prefetch(slot(rows.block, first_key + key + kAhead), rows.kv_head);
+      if (unexpected && key + kAhead < count) prefetch(slot(rows.block, first_key + key + kAhead), rows.kv_head);
       const int64_t at = slot(rows.block, first_key + key);
-      int16_t* words = w.keys + key * kPanel;
+      Number* numbers = w.keys + key * kPanel;
       for (int part = 0; part < 2 && source_.key_dims[part] > 0; ++part) {
-        w.key_units[part][key] = source_.fix_key(at, rows.kv_head, part, words, kPanelStride);
-        words += num_panels_[part] * kPanelStride;
+        w.key_units[part][key] = source_.key(rows.kv_head, part).fix(ops_, at, numbers, kPanelStride);
+        numbers += num_panels_[part] * kPanelStride;
       }
       // A value that is not finite has a key that is not, or counts with the weight of its own: NaN.
       const float unit = source_.values_are_keys
                              ? w.key_units[0][key]
-                             : source_.fix_value(at, rows.kv_head, w.value_words + key * kPanel, kPanelStride);
+                             : source_.value(rows.kv_head).fix(ops_, at, w.value_rows + key * kPanel, kPanelStride);
       if (std::isnan(unit)) w.key_units[0][key] = unit;
       w.value_units[key] = std::isnan(unit) ? 0.0f : unit;
     }
-    ops_.pair_values(w.value_words, count, num_columns_ / 16, w.values);
+    attention_.pair_values(w.value_rows, count, num_columns_ / 16, w.values);
   }
 
   // Brings the state of a group forward by a block of keys. Meanwhile the first `ahead` keys after it are
@@ -262,30 +282,30 @@ class FlashAttention {
       most = std::max(most, w.lane_keys[lane]);
     }
     if (most == 0) return;
-    const FlashTile tile{.keys = w.keys,
-                         .num_panels = {num_panels_[0], num_panels_[1]},
-                         .key_units = {w.key_units[0], w.key_units[1]},
-                         .queries = w.queries + group * query_words_,
-                         .query_units = {w.query_units[0] + group * kLanes, w.query_units[1] + group * kLanes},
-                         .values = w.values,
-                         .value_units = w.value_units,
-                         .num_value_tiles = num_columns_ / 16,
-                         .num_keys = most,
-                         .lane_keys = w.lane_keys,
-                         .scores = w.scores,
-                         .weights = w.weights,
-                         .rescale = w.rescale,
-                         .weight_units = w.weight_units,
-                         .state = w.states + group * state_floats_};
-    constexpr int32_t kStep = 16;
-    for (int32_t key = 0; key < most; key += kStep) {
-      ops_.score(tile, key, std::min(key + kStep, most));
-      for (int32_t k = key; k < std::min(key + kStep, ahead); ++k) {
-        source_.prefetch(slot(rows.block, first_key + kKeyBlock + k), rows.kv_head);
+    const FlashTile<Number> tile{.keys = w.keys,
+                                 .num_panels = {num_panels_[0], num_panels_[1]},
+                                 .key_units = {w.key_units[0], w.key_units[1]},
+                                 .queries = w.queries + group * query_numbers_,
+                                 .query_units = {w.query_units[0] + group * kLanes, w.query_units[1] + group * kLanes},
+                                 .values = w.values,
+                                 .value_units = w.value_units,
+                                 .num_value_tiles = num_columns_ / 16,
+                                 .num_keys = most,
+                                 .lane_keys = w.lane_keys,
+                                 .scores = w.scores,
+                                 .weights = w.weights,
+                                 .rescale = w.rescale,
+                                 .weight_units = w.weight_units,
+                                 .state = w.states + group * state_floats_};
+    constexpr int32_t kKeysAtOnce = 16;
+    for (int32_t key = 0; key < most; key += kKeysAtOnce) {
+      attention_.score(tile, key, std::min(key + kKeysAtOnce, most));
+      for (int32_t k = key; k < std::min(key + kKeysAtOnce, ahead); ++k) {
+        prefetch(slot(rows.block, first_key + kKeyBlock + k), rows.kv_head);
       }
     }
-    ops_.soften(tile);
-    ops_.gather(tile);
+    attention_.soften(tile);
+    attention_.gather(tile);
   }
 
   void merge_kept(const QueryBlock& block, int64_t part, int64_t group) const {
@@ -315,9 +335,10 @@ class FlashAttention {
   const float scale_;
   float* const out_;
   const OpsTable& ops_;
+  const AttentionOps<Number>& attention_;
   Scratch& scratch_;
   const int64_t num_panels_[2];
-  const int64_t query_words_, num_columns_, state_floats_, heads_per_key_;
+  const int64_t query_numbers_, num_columns_, state_floats_, heads_per_key_;
   int64_t heads_per_unit_ = 0, groups_per_unit_ = 0, most_tokens_ = 0;
   QueryBlock* blocks_ = nullptr;
   int64_t num_blocks_ = 0;
@@ -374,7 +395,11 @@ void check_rows(const char* operation, const QueryRows& rows, int64_t num_blocks
 }
 
 void flash_attention(ThreadPool& pool, const QueryRows& rows, const AttentionSource& source, float scale, float* out) {
-  FlashAttention(pool, rows, source, scale, out).run();
+  if (source.key(0, 0).rows->format == CacheFormat::kF32) {
+    FlashAttention<float>(pool, rows, source, scale, out).run();
+  } else {
+    FlashAttention<int16_t>(pool, rows, source, scale, out).run();
+  }
 }
 
 }  // namespace hybrid

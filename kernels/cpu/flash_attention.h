@@ -1,9 +1,9 @@
 // Attention of queries over keys and values in a paged cache, whatever that cache holds.
 //
 // Keys are taken in splits of kKeySplit, positions counted from the start of the sequence, and within
-// a split in blocks of kKeyBlock; the states of the splits are merged in ascending order. Everything is
-// multiplied in 16-bit fixed point (ops_table.h): a unit belongs to one key, value or query, and for weights to
-// a block of keys and a query. A query's result therefore depends on its position and on the cache alone.
+// a split in blocks of kKeyBlock; the states of the splits are merged in ascending order. A cache of floats is
+// multiplied in floats, any other in 16-bit fixed point (ops_table.h): a unit belongs to one key, value or query,
+// and for weights to a block of keys and a query. A query's result therefore depends on its position and on the cache alone.
 #pragma once
 #include <cstdint>
 
@@ -33,12 +33,16 @@ struct CacheRows {
     return reinterpret_cast<uint16_t*>(row(num_slots())) + slot * ((width + kScaleBlock - 1) / kScaleBlock);
   }
 
-  // Numbers [first, first + n) of a row in fixed point; of kQ8_0, `first` is a multiple of kScaleBlock.
+  // Numbers [first, first + n) of a row in fixed point, not of kF32; of kQ8_0, `first` is a multiple of kScaleBlock.
   float fix(const OpsTable& ops, int64_t slot, int64_t first, int64_t n, int16_t* words, int64_t panel_stride) const {
     if (format == CacheFormat::kQ8_0) {
       return ops.fix_key_q8(codes(slot) + first, scales(slot) + first / kScaleBlock, n, words, panel_stride);
     }
-    return ops.fix_key(row(slot) + first * element_bytes(), format, n, words, panel_stride);
+    return ops.fix_key(reinterpret_cast<const uint16_t*>(row(slot)) + first, format, n, words, panel_stride);
+  }
+  // Of kF32 only.
+  float fix(const OpsTable& ops, int64_t slot, int64_t first, int64_t n, float* numbers, int64_t panel_stride) const {
+    return ops.copy_key(reinterpret_cast<const float*>(row(slot)) + first, n, numbers, panel_stride);
   }
   void store(const OpsTable& ops, int64_t slot, const float* numbers) const {
     if (format == CacheFormat::kQ8_0) return ops.encode_q8(numbers, width, codes(slot), scales(slot));
@@ -48,6 +52,18 @@ struct CacheRows {
     const uint8_t* begin = row(slot) + first * element_bytes();
     for (int64_t i = 0; i < n * element_bytes(); i += 64) __builtin_prefetch(begin + i, 0, 2);
   }
+};
+
+// Columns [first, first + count) of the rows of a cache.
+struct CacheColumns {
+  const CacheRows* rows;
+  int64_t first, count;
+
+  template <class Number>
+  float fix(const OpsTable& ops, int64_t slot, Number* numbers, int64_t panel_stride) const {
+    return rows->fix(ops, slot, first, count, numbers, panel_stride);
+  }
+  void prefetch(int64_t slot) const { rows->prefetch(slot, first, count); }
 };
 
 // The queries of a step, one row for each of `num_heads` heads of a token, and the keys they see: those of their
@@ -74,10 +90,9 @@ class AttentionSource {
   bool values_are_keys;    // a value is the first part of its key
 
   virtual const float* query(int64_t token, int64_t head, int part) const = 0;
-  // Words and unit of a part of a key, or of a value (fix_key).
-  virtual float fix_key(int64_t slot, int64_t kv_head, int part, int16_t* words, int64_t panel_stride) const = 0;
-  virtual float fix_value(int64_t slot, int64_t kv_head, int16_t* words, int64_t panel_stride) const = 0;
-  virtual void prefetch(int64_t slot, int64_t kv_head) const = 0;
+  // Where a part of the keys, or the values, of a head stand. All have one format.
+  virtual CacheColumns key(int64_t kv_head, int part) const = 0;
+  virtual CacheColumns value(int64_t kv_head) const = 0;
 
  protected:
   ~AttentionSource() = default;

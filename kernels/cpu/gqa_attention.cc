@@ -14,7 +14,7 @@ std::string number(int64_t n) { return std::to_string(n); }
 
 class GroupedSource final : public AttentionSource {
  public:
-  explicit GroupedSource(const GqaAttentionArgs& args) : args_(args), ops_(ops_table(current_isa())) {
+  explicit GroupedSource(const GqaAttentionArgs& args) : args_(args) {
     num_kv_heads = args.num_kv_heads;
     key_dims[0] = args.head_dim;
     key_dims[1] = 0;
@@ -25,20 +25,11 @@ class GroupedSource final : public AttentionSource {
   const float* query(int64_t token, int64_t head, int) const override {
     return args_.q + (token * args_.rows.num_heads + head) * args_.head_dim;
   }
-  float fix_key(int64_t slot, int64_t kv_head, int, int16_t* words, int64_t panel_stride) const override {
-    return args_.keys.fix(ops_, slot, kv_head * value_dim, value_dim, words, panel_stride);
-  }
-  float fix_value(int64_t slot, int64_t kv_head, int16_t* words, int64_t panel_stride) const override {
-    return args_.values.fix(ops_, slot, kv_head * value_dim, value_dim, words, panel_stride);
-  }
-  void prefetch(int64_t slot, int64_t kv_head) const override {
-    args_.keys.prefetch(slot, kv_head * value_dim, value_dim);
-    args_.values.prefetch(slot, kv_head * value_dim, value_dim);
-  }
+  CacheColumns key(int64_t kv_head, int) const override { return {&args_.keys, kv_head * value_dim, value_dim}; }
+  CacheColumns value(int64_t kv_head) const override { return {&args_.values, kv_head * value_dim, value_dim}; }
 
  private:
   const GqaAttentionArgs& args_;
-  const OpsTable& ops_;
 };
 
 void check_heads(const std::string& operation, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,

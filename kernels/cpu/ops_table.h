@@ -16,12 +16,16 @@ inline constexpr int kScaleBlock = 32;  // numbers of a kQ8_0 row that share a s
 
 inline constexpr int kLanes = 16;       // rows of queries (a row is one head of one token) worked on together
 inline constexpr int kKeyBlock = 128;   // keys worked on together
-inline constexpr int kPanel = 64;       // words of a key that stand together
-inline constexpr int64_t kPanelStride = kKeyBlock * kPanel + kPanel;            // in words; no power of two
+inline constexpr int kPanel = 64;       // numbers of a key that stand together
+inline constexpr int64_t kPanelStride = kKeyBlock * kPanel + kPanel;            // in numbers; no power of two
 inline constexpr int64_t kValueTileStride = kKeyBlock / 2 * 2 * kLanes + kLanes * 2;
 
-// Attention multiplies 16-bit fixed-point numbers: a unit, a float, times words. Their limits keep all sums
-// within 32 bits: a key's or value's word is at most kKeyLimit, the magnitudes of a query's words come to
+// Attention multiplies numbers of one type: floats where the cache holds them, else 16-bit fixed point, a unit
+// (a float) times words. Units of floats are 1. Two words fill the 32 bits of a lane's product, one float does.
+template <class Number>
+inline constexpr int kStep = 4 / sizeof(Number);
+
+// The limits of words keep all sums within 32 bits: a key's or value's word is at most kKeyLimit, the magnitudes of a query's words come to
 // kQuerySum at most (besides half a unit for each), those of the weights of a block of keys to kWeightSum.
 inline constexpr int kWordLimit = 32767, kKeyLimit = 4095;
 inline constexpr int kQuerySum = (1 << 19) - (1 << 15), kWeightSum = (1 << 19) - kKeyBlock;
@@ -29,21 +33,35 @@ inline constexpr int kQuerySum = (1 << 19) - (1 << 15), kWeightSum = (1 << 19) -
 // kLanes rows of queries against up to kKeyBlock keys. Keys and queries have two parts, the second perhaps
 // without panels, each with units of its own. The state of the rows is, by lane: the running maximum of the
 // scores, the sum of their exponentials, the sum of values weighted by them. A new state has maximum -inf and zeros.
+template <class Number>
 struct FlashTile {
-  const int16_t* keys;          // [panel][kKeyBlock][kPanel], panels kPanelStride apart
+  const Number* keys;           // [panel][kKeyBlock][kPanel], panels kPanelStride apart
   int64_t num_panels[2];
   const float* key_units[2];    // [kKeyBlock], NaN for a key that is not finite
-  const int16_t* queries;       // [panel][kPanel / 2][kLanes][2]
+  const Number* queries;        // [panel][kPanel / kStep][kLanes][kStep]
   const float* query_units[2];  // [kLanes], the factor of scores included
-  const int16_t* values;        // [16 columns][kKeyBlock / 2][16][2 keys], columns kValueTileStride apart
+  const Number* values;         // [16 columns][kKeyBlock / kStep][16][kStep keys], columns kValueTileStride apart
   const float* value_units;     // [kKeyBlock], finite
   int64_t num_value_tiles;      // of 16 columns; even
   int32_t num_keys;             // that some lane sees
   const int32_t* lane_keys;     // [kLanes]: how many the lane sees
   float* scores;                // scratch [kKeyBlock][kLanes]
-  int16_t* weights;             // scratch [kKeyBlock / 2][kLanes][2]
+  Number* weights;              // scratch [kKeyBlock / kStep][kLanes][kStep]
   float *rescale, *weight_units;  // scratch [kLanes]
   float* state;                 // [maximum, sum, column 0, column 1 ...][kLanes]
+};
+
+template <class Number>
+struct AttentionOps {
+  // A part of a query to one lane, and zeros up to a panel. The unit is returned, NaN (and zeros) where a number is
+  // not finite.
+  float (*fix_query)(const float* src, int64_t n, Number* lane);
+  // Numbers laid out as keys are, to FlashTile::values. num_keys is rounded up to kStep.
+  void (*pair_values)(const Number* numbers, int32_t num_keys, int64_t num_tiles, Number* values);
+  // The three steps of attention. `score` takes keys from a multiple of 16 on and may go on to the next one.
+  void (*score)(const FlashTile<Number>& tile, int32_t first_key, int32_t end_key);
+  void (*soften)(const FlashTile<Number>& tile);
+  void (*gather)(const FlashTile<Number>& tile);
 };
 
 struct OpsTable {
@@ -67,17 +85,13 @@ struct OpsTable {
   void (*accumulate)(const float* rows, int64_t stride, const float* x, int32_t num_rows, int64_t n, float* sums);
   void (*softmax)(const float* x, int64_t n, float* out);
   void (*sigmoid)(const float* x, int64_t n, float* out);
-  // A part of a key, a value or a query in fixed point; the unit is returned, NaN (and words of zero) where a
-  // number is not finite. Words of n numbers and zeros up to a panel; of a query, those of one lane.
-  float (*fix_key)(const void* src, CacheFormat format, int64_t n, int16_t* words, int64_t panel_stride);
+  // n numbers of a key or a value, and zeros up to a panel. The unit is returned, NaN (and zeros) where a number is
+  // not finite.
+  float (*fix_key)(const uint16_t* codes, CacheFormat format, int64_t n, int16_t* words, int64_t panel_stride);
   float (*fix_key_q8)(const int8_t* codes, const uint16_t* scales, int64_t n, int16_t* words, int64_t panel_stride);
-  float (*fix_query)(const float* src, int64_t n, int16_t* lane);
-  // Words laid out as keys are, to FlashTile::values. num_keys is rounded up to pairs.
-  void (*pair_values)(const int16_t* words, int32_t num_keys, int64_t num_tiles, int16_t* values);
-  // The three steps of attention. `score` takes keys from a multiple of 16 on and may go on to the next one.
-  void (*score)(const FlashTile& tile, int32_t first_key, int32_t end_key);
-  void (*soften)(const FlashTile& tile);
-  void (*gather)(const FlashTile& tile);
+  float (*copy_key)(const float* src, int64_t n, float* numbers, int64_t panel_stride);
+  AttentionOps<int16_t> words;
+  AttentionOps<float> floats;
   // Brings a state forward by that of later keys.
   void (*merge)(float* state, const float* later, int64_t num_columns);
   // Divides the columns of a state by its sums.

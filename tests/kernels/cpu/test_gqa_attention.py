@@ -21,18 +21,26 @@ def address(a: np.ndarray) -> int:
 
 
 class World:
-    """Sequences of (length, new tokens) over one paged float16 cache, NaN wherever nothing was stored."""
+    """Sequences of (length, new tokens) over one paged cache, NaN wherever nothing was stored."""
 
     def __init__(
-        self, heads: int, kv_heads: int, dim: int, lengths: Sequence[tuple[int, int]], seed: int = 0
+        self,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        lengths: Sequence[tuple[int, int]],
+        seed: int = 0,
+        fmt: str = "f16",
     ) -> None:
         rng = np.random.default_rng(seed)
+        self.fmt = fmt
         self.heads, self.kv_heads, self.dim, self.lengths = heads, kv_heads, dim, lengths
         counts = [-(-length // BLOCK) for length, _ in lengths]
         self.num_blocks = sum(counts) + 1
         blocks = rng.permutation(self.num_blocks).astype(np.int32)
         self.tables = np.split(blocks, np.cumsum(counts))[:-1]
-        self.caches = np.full((2, self.num_blocks * BLOCK, kv_heads, dim), np.nan, np.float16)
+        dtype = np.float32 if fmt == "f32" else np.float16
+        self.caches = np.full((2, self.num_blocks * BLOCK, kv_heads, dim), np.nan, dtype)
         for s, (length, _) in enumerate(lengths):
             self.caches[:, self.slots(s)] = rng.standard_normal((2, length, kv_heads, dim))
         self.queries = [rng.standard_normal((new, heads, dim)).astype(np.float32) for _, new in lengths]
@@ -58,7 +66,7 @@ class World:
         cpu.fill_scratch(0xFF)
         cpu.gqa_attention(
             cpu.ThreadPool(threads, []), address(q), len(q), self.heads, self.kv_heads, self.dim,
-            address(self.caches[0]), address(self.caches[1]), "f16", self.num_blocks, len(parts),
+            address(self.caches[0]), address(self.caches[1]), self.fmt, self.num_blocks, len(parts),
             address(positions), address(starts), address(lens), address(tables), tables.shape[1], self.scale,
             address(out),
         )  # fmt: skip
@@ -82,23 +90,30 @@ class World:
         scores = keys @ q * self.scale
         p = np.exp(scores - scores.max())
         p /= p.sum()
+        largest = np.abs(values).max()
+        error, units = self.score_error(q, keys, scores), 0.0
+        if self.fmt != "f32":
+            # Half a unit of a value, and of every weight in a block of keys.
+            units = largest * 0.51 * (1 / 4095 + KEY_BLOCK * (1 / 32767 + 1 / (2**19 - KEY_BLOCK)))
+        bound = largest * (np.expm1(2 * error.max()) + EPS * (KEY_BLOCK + 60)) + units
+        assert (np.abs(found - p @ values) <= bound).all()
+
+    def score_error(self, q: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        if self.fmt == "f32":  # half an ulp for every column
+            return EPS * (self.dim / 2 + 8) * (np.abs(keys) @ np.abs(q)) * self.scale
         # Half a unit of a key (12 bits of its largest number) and of the query (its words add up to 2^19).
         key_error = 0.51 * np.abs(keys).max(-1) / 4095
         query_error = 0.51 * max(np.abs(q).sum() / (2**19 - 2**15), np.abs(q).max() / 32767)
         error = np.abs(q).sum() * key_error + np.abs(keys).sum(-1) * query_error
-        error = (error + self.dim * key_error * query_error) * self.scale + 8 * EPS * np.abs(scores)
-        # Half a unit of a value, and of every weight in a block of keys.
-        largest = np.abs(values).max()
-        units = largest * 0.51 * (1 / 4095 + KEY_BLOCK * (1 / 32767 + 1 / (2**19 - KEY_BLOCK)))
-        bound = largest * (np.expm1(2 * error.max()) + EPS * (KEY_BLOCK + 60)) + units
-        assert (np.abs(found - p @ values) <= bound).all()
+        return (error + self.dim * key_error * query_error) * self.scale + 8 * EPS * np.abs(scores)
 
 
+@pytest.mark.parametrize("fmt", ["f32", "f16"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(1, 1, 64), (8, 2, 128), (6, 6, 40), (20, 1, 96), (40, 2, 64)]
 )
-def test_matches_float64(isa: str, heads: int, kv_heads: int, dim: int) -> None:
-    world = World(heads, kv_heads, dim, [(1, 1), (65, 3), (300, 2)])
+def test_matches_float64(isa: str, heads: int, kv_heads: int, dim: int, fmt: str) -> None:
+    world = World(heads, kv_heads, dim, [(1, 1), (65, 3), (300, 2)], fmt=fmt)
     world.check(world.run_all())
 
 
@@ -123,8 +138,9 @@ def test_bits_do_not_depend_on_threads_chunks_or_mates(isa: str, heads: int, kv_
 
 
 @pytest.mark.usefixtures("restored_isa")
-def test_isas_give_equal_bits() -> None:
-    world = World(10, 2, 96, [(600, 3), (64, 1)])
+@pytest.mark.parametrize("fmt", ["f32", "f16"])
+def test_isas_give_equal_bits(fmt: str) -> None:
+    world = World(10, 2, 96, [(600, 3), (64, 1)], fmt=fmt)
     outs = []
     for name in cpu.supported_isas():
         cpu.select_isa(name)
@@ -133,9 +149,10 @@ def test_isas_give_equal_bits() -> None:
         np.testing.assert_array_equal(out, outs[0])
 
 
+@pytest.mark.parametrize("fmt", ["f32", "f16"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(isa: str, which: int) -> None:
-    world = World(4, 2, 64, [(70, 6)])
+def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(isa: str, which: int, fmt: str) -> None:
+    world = World(4, 2, 64, [(70, 6)], fmt=fmt)
     clean = world.run_all()
     world.caches[which, world.slots(0)[67:]] = np.nan
     np.testing.assert_array_equal(world.run_all()[:3], clean[:3])
