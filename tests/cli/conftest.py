@@ -62,6 +62,9 @@ class FakeLLM:
     def describe(self):
         return "fake.gguf: all on cpu; ISA scalar, 1 threads, context 64"
 
+    def step_figures(self):
+        return None
+
     def stream(self, prompt, params):
         self.calls.append((prompt, params))
         self.streams.append(FakeStream(self.pieces))

@@ -107,14 +107,16 @@ def test_a_grammar(llm, grammar):
 
 def test_any_json_object(llm):
     wanted = StructuredOutputs(json_object=True)
+    closing = [i for text in ('"', "}") for i in llm.tokenizer.encode(text, add_special=False)]
+    bias = dict.fromkeys(closing, 8.0)  # stories close neither
     params = [
-        SamplingParams(structured_outputs=wanted, max_tokens=60, seed=seed, temperature=2.5)
+        SamplingParams(structured_outputs=wanted, max_tokens=60, seed=seed, temperature=2.5, logit_bias=bias)
         for seed in range(40)
     ]
     outputs = [o.outputs[0] for o in llm.generate([PROMPTS[0]] * 40, params, use_tqdm=False)]
     ended = [output.text for output in outputs if output.finish_reason == "stop"]
     assert all(output.text.startswith("{") for output in outputs)
-    assert all(isinstance(json.loads(text), dict) for text in ended) and ended
+    assert all(isinstance(json.loads(text), dict) for text in ended) and len(ended) >= 5
 
 
 def test_logprobs_are_the_model_s(llm):
@@ -167,7 +169,7 @@ def test_end_tokens_only_where_the_grammar_ends(llm):
 
 def test_free_text_before_a_marker(llm):
     wanted = StructuredOutputs(choice=["yes", "no"], after="\n\n")
-    params = [SamplingParams(structured_outputs=wanted, seed=seed, max_tokens=200) for seed in range(8)]
+    params = [SamplingParams(structured_outputs=wanted, seed=seed, max_tokens=400) for seed in range(8)]
     for output in llm.generate([PROMPTS[0]] * 8, params, use_tqdm=False):
         reasoning, marker, answer = output.outputs[0].text.partition("\n\n")
         assert reasoning and marker and answer in ("yes", "no")

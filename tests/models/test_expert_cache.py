@@ -270,7 +270,8 @@ class BetweenLayers:
         if self.steps is None:
             self.steps = model.forward_layers(self.ids, batch([2], 0, PROMPT))
         try:
-            next(self.steps)
+            while next(self.steps) == "attention":
+                pass  # to the end of the layer
         except StopIteration as done:
             self.logits.append(model.compute_logits(done.value).clone())
             self.steps = None
