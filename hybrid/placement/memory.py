@@ -256,7 +256,10 @@ def scratch_parts(
     context. ``hybrid``: experts of long prompts travel from RAM to a GPU."""
     dims = model.dims
     logits = size.max_num_seqs if "output" in roles or "embedding" in roles else 0
-    step = scratch.Step(size.max_num_batched_tokens, size.max_model_len, logits, num_threads, num_slices)
+    number_bytes = 4 if size.kv_format == "f32" else 2
+    step = scratch.Step(
+        size.max_num_batched_tokens, size.max_model_len, logits, num_threads, num_slices, number_bytes
+    )
     attends = "attention" in roles
     parts = {"activations": scratch.activation_bytes(dims, step, attends)}
     if attends:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from hybrid.config import BLOCK_SIZE
 from hybrid.placement.dimensions import Dimensions
 
 _MIB = 1 << 20
@@ -22,7 +21,10 @@ _FEW_PAIRS = 64
 _MOE_CHUNK_BYTES = 128 * _MIB
 _MOE_SLICE_BYTES = 64 * _MIB
 _KEY_SPLIT = 512
-_ROWS_PER_UNIT = 64
+_ROWS_PER_UNIT = 128
+_LANES, _KEY_BLOCK, _PANEL = 16, 128, 64
+_PANEL_STRIDE = _KEY_BLOCK * _PANEL + _PANEL
+_VALUE_STRIDE = _KEY_BLOCK * _LANES + _LANES * 2
 _MOST_STATE_FLOATS = 8 << 20
 _ABSORB_TOKENS = 64
 
@@ -30,13 +32,15 @@ _ABSORB_TOKENS = 64
 @dataclass(frozen=True)
 class Step:
     """The largest step of a run: its tokens, those in the cache, and the logits it makes. ``num_slices`` are
-    the parts into which feed-forward blocks are cut, whose partial sums are kept apart."""
+    the parts into which feed-forward blocks are cut, whose partial sums are kept apart, ``number_bytes``
+    those of a number that attention multiplies: a float of an f32 cache, otherwise a word."""
 
     num_tokens: int
     context: int
     num_logits: int
     num_threads: int
     num_slices: int = 1
+    number_bytes: int = 2
 
 
 def kernel_bytes(
@@ -194,20 +198,31 @@ def _unit_rows(rows: int, others: int, threads: int) -> int:
 
 
 def _attention(dims: Dimensions, step: Step, tokens: int) -> list[int]:
-    latent = _round_up(dims.kv_lora_rank, 16)
-    width = latent + _round_up(dims.rope_dim, 16)
+    """As `kernels/cpu/flash_attention.cc`, of one sequence whose last tokens these are."""
+    heads, threads, number = max(dims.num_heads, 1), step.num_threads, step.number_bytes
+    panels = -(-dims.kv_lora_rank // _PANEL) + -(-dims.rope_dim // _PANEL)
+    columns = _round_up(dims.kv_lora_rank, 32)
+    state = (2 + columns) * _LANES
+    together = min(heads, _ROWS_PER_UNIT)
+    block = max(1, _ROWS_PER_UNIT // together)
     first = max(step.context - tokens, 0)
-    states = sum((first + t) // _KEY_SPLIT + 1 for t in range(tokens))
-    state_floats = states * dims.num_heads * (latent + 2)
-    apart = state_floats <= _MOST_STATE_FLOATS
-    takes = [tokens * 16]
-    if apart:
-        takes += [state_floats * 4, tokens * 8]
-    takes += [states * 12 if apart else tokens * 12, 96 * step.num_threads]
-    row = [BLOCK_SIZE * width, _ROWS_PER_UNIT * width, _ROWS_PER_UNIT * BLOCK_SIZE]
-    row += [_ROWS_PER_UNIT] * 4 + [_ROWS_PER_UNIT * latent]
-    row += [] if apart else [_ROWS_PER_UNIT, _ROWS_PER_UNIT, _ROWS_PER_UNIT * latent]
-    return takes + [n * 4 for n in row] * step.num_threads
+    splits = [(first + min(t + block, tokens) - 1) // _KEY_SPLIT + 1 for t in range(0, tokens, block)]
+    most = min(block, tokens)
+
+    def kept_floats(together: int) -> int:
+        return sum(splits) * -(-heads // together) * -(-most * together // _LANES) * state
+
+    apart = kept_floats(together) <= _MOST_STATE_FLOATS
+    units = sum(splits) if apart else len(splits)
+    while units * -(-heads // together) < 4 * threads and together >= 2 * _LANES:
+        together = _round_up(-(-together // 2), _LANES)
+    groups = -(-most * together // _LANES)
+    takes = [tokens * 24] + ([kept_floats(together) * 4] if apart else []) + [units * 12, 128 * threads]
+    worker = [panels * _PANEL_STRIDE * number, columns // 16 * _VALUE_STRIDE * number]
+    worker += [groups * panels * _PANEL * _LANES * number, _KEY_BLOCK * _LANES * number]
+    worker += [_KEY_BLOCK * 4, groups * _LANES * 4] * 2 + [_KEY_BLOCK * 4, _KEY_BLOCK * _LANES * 4]
+    worker += [_LANES * 4] * 3 + [groups * state * 4] * (1 if apart else 2)
+    return takes + worker * threads
 
 
 def _route(dims: Dimensions, tokens: int, threads: int) -> list[int]:

@@ -26,6 +26,7 @@ def transposed_kernel(
     high,
     scales,
     head,
+    table,
     out,
     num_tokens,
     num_rows,
@@ -50,9 +51,9 @@ def transposed_kernel(
         sums = tl.zeros([TOKENS, 32 * UNITS], tl.float32)
         for start in range(0, num_rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            first = (h * num_rows + row) * units
+            first = (h * num_rows + tl.minimum(row, num_rows - 1)) * units
             w = part_values(
-                DECODE, codes, high, scales, head, first, units, begin, row < num_rows, p, OFFSET, ROWS, UNITS
+                DECODE, codes, high, scales, head, table, first, units, begin, p, OFFSET, ROWS, UNITS
             )
             values = tl.load(x_row + row[None, :], mask=(row < num_rows)[None, :], other=0.0)
             sums = tl.dot(values, w.to(values.dtype), sums, input_precision=PRECISION)

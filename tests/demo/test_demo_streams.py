@@ -17,6 +17,7 @@ import torch
 
 from hybrid.backends.base import Backend
 from hybrid.backends.cpu import CpuBackend
+from hybrid.backends.fake import FakeBackend
 from hybrid.backends.fake_gpu import FakeGpuBackend
 from hybrid.backends.fake_streams import FakeOptions
 from hybrid.backends.registry import create_backend
@@ -74,6 +75,13 @@ class RoundingCpu(CpuBackend):
         return super().moe(x.to(torch.bfloat16).float(), *args)
 
 
+class RoundingDevice(FakeBackend):
+    """The same for experts on a device, so that where they are makes no difference."""
+
+    def moe(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return super().moe(x.to(torch.bfloat16).float(), *args)
+
+
 @pytest.fixture(scope="module")
 def expected(file: GGUFFile, texts: np.ndarray) -> Iterator[torch.Tensor]:
     """Logits with everything on the CPU."""
@@ -93,7 +101,9 @@ def load(file: GGUFFile, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     def load_(split: str, options: FakeOptions) -> Model:
         def create(device: str, num_threads: int | None = None) -> Backend:
             if device.startswith("fakegpu"):
-                return FakeGpuBackend(device, "q8", options)
+                backend = FakeGpuBackend(device, "q8", options)
+                backend._operations = RoundingDevice(device, "q8")
+                return backend
             return RoundingCpu(num_threads) if device == "cpu" else create_backend(device, num_threads)
 
         monkeypatch.setattr(weights_module, "create_backend", create)
