@@ -40,9 +40,17 @@ def test_bytes_are_those_of_packed_matrices(format_, shape):
     assert capabilities.matrix_bytes(format_, "cpu", shape) == packed.nbytes
 
 
+# Kernels multiply them, and loading does not make their planes yet, some of which have bits in another order.
+NOT_LOADED = {
+    *("Q4_1", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+}
+
+
 def test_formats_of_gpus_are_those_of_their_kernels():
-    assert {f.name for f in capabilities.CUDA_FORMATS} == {*FORMATS, "F32", "F16", "BF16"}
-    for name, fmt in FORMATS.items():
+    assert {f.name for f in capabilities.CUDA_FORMATS} == {*FORMATS, "F32", "F16", "BF16"} - NOT_LOADED
+    for name in FORMATS.keys() - NOT_LOADED:
+        fmt = FORMATS[name]
         format_ = GGMLType[name]
         planes = tuple(field.num_bytes for field in fmt.planes if field is not None)
         assert capabilities.CUDA_PLANES[format_] == planes, name
