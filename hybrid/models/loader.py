@@ -319,6 +319,7 @@ def load_model(
         config = family.read_config(file)
     cached = [] if plan.expert_cache is None else [plan.expert_cache.device]
     backends = create_backends(dict.fromkeys([*plan.devices, *cached]), num_threads)
+    rings: list[Ring] = []
     try:
         check = WeightCheck(file, plan, backends)
         family.load(config, check, 1)
@@ -334,7 +335,6 @@ def load_model(
             network = family.load(config, loader, max_model_len)
         for backend in backends.values():
             backend.loading_done()
-        rings: list[Ring] = []
         if stream_rates is not None:
             rates = dict.fromkeys(network.moes, stream_rates)
             rings = stream_experts(network, rates)
@@ -342,6 +342,8 @@ def load_model(
         if plan.expert_cache is not None:
             copies = make_copies(network, plan.expert_cache, backends, cache_options)
     except BaseException:
+        for ring in rings:
+            ring.close()
         close_backends(backends)
         raise
     return Model(
