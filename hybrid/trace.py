@@ -58,8 +58,11 @@ class StepFigures:
         def ms(seconds: float) -> str:
             return f"{seconds * 1e3:.3f} ms"
 
+        steps = f"{self.num_steps} decode steps of {ms(self.step_s)}"
+        if not self.cpu_s and not self.device_s:
+            return steps  # all on the CPU, where nothing runs beside anything
         return (
-            f"{self.num_steps} decode steps of {ms(self.step_s)}: experts on the CPU {ms(self.cpu_s)} "
+            f"{steps}: experts on the CPU {ms(self.cpu_s)} "
             f"({ms(self.exposed_cpu_s)} of it exposed), device {ms(self.device_s)}, "
             f"both {ms(self.overlap_s)}, idle {ms(self.idle_s)}"
         )

@@ -38,6 +38,7 @@ def test_figures_of_steps():
     assert found == pytest.approx((10e-3, 2.5e-3, 3e-3, 0.5e-3, 2e-3, 5e-3))
     assert str(figures).startswith("2 decode steps of 10.000 ms: experts on the CPU 2.500 ms (2.000 ms of it")
     assert step_figures(spans[1:5]) is None
+    assert str(step_figures([span("step", 0, 10)])) == "1 decode steps of 10.000 ms"  # all on the CPU
 
 
 def test_the_file(tmp_path, monkeypatch):

@@ -256,11 +256,19 @@ def _shortened(asked: RunSize, found: RunSize) -> Iterator[str]:
         for what, before, now in (
             ("tokens of context", asked.max_model_len, found.max_model_len),
             ("tokens a step", asked.max_num_batched_tokens, found.max_num_batched_tokens),
+            ("tokens of cache for all sequences", *_cut_cache(asked, found)),
         )
         if now != before
     ]
     if taken:
         yield f"fitted into the memory there is: {', '.join(taken)}"
+
+
+def _cut_cache(asked: RunSize, found: RunSize) -> tuple[int, int]:
+    """Tokens of cache asked for and found, where it holds fewer contexts than may run."""
+    if asked.kv_cache_tokens is None and found.kv_cache_tokens is not None:
+        return replace(found, kv_cache_tokens=None).cache_tokens, found.cache_tokens
+    return 0, 0
 
 
 def _missing(found: Plan) -> list[DeviceMemory]:

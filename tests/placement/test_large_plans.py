@@ -189,6 +189,18 @@ def test_fitting_shortens_the_context_to_the_longest_that_fits(headers):
             plan(file, machine=small, size=longer)
 
 
+def test_a_cache_for_fewer_contexts_than_may_run_is_told(headers):
+    with GGUFFile.open(headers / "IQ1_S", header_only=True) as file:
+        one, eight = (RunSize(8192, max_num_seqs=n) for n in (1, 8))
+        room = plan(file, size=one).memory["cpu"].total_bytes + GIB
+        found = plan(file, machine=Machine((Device("cpu", room),), num_threads=1), size=eight)
+        whole = plan(file, size=eight)
+    assert found.size.cache_tokens < 8 * 8192
+    told = f"{found.size.cache_tokens} tokens of cache for all sequences in place of {8 * 8192}"
+    assert told in found.warnings[0]
+    assert not any("tokens of cache" in warning for warning in whole.warnings)
+
+
 def test_fitting_takes_smaller_steps_where_no_context_fits(headers):
     with GGUFFile.open(headers / "IQ1_S", header_only=True) as file:
         weights = plan(file).memory["cpu"].weights_bytes

@@ -167,6 +167,12 @@ def test_experts_stay_on_the_cpu(folder):
     assert {device for name, device in every.items() if "_exps" in name} == {"cpu"}
 
 
+def test_layers_whose_experts_stay_may_be_dense(folder):
+    """Layer 0 is: as in llama.cpp that is no mistake."""
+    on = devices(folder, flagged(num_gpu_layers=99, num_cpu_moe_layers=1))
+    assert on["blk.1.ffn_up_exps.weight"] == "cuda:0"
+
+
 def test_overrides_come_first_and_in_order(folder):
     texts = (r"blk\.[1-2]{1,2}\.ffn_.*_exps=CUDA0,token_embd=cuda:0", "^output=fake:0")
     rules = flagged(overrides=texts, cpu_moe=True, num_gpu_layers=0)

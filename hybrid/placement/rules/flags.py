@@ -54,10 +54,11 @@ def with_flags(rules: Rules, flags: PlacementFlags, num_layers: int, gpus: Seque
         return rules
     found = [rule for text in flags.overrides for rule in _overrides(text)]
     if flags.cpu_moe:
-        found.append(Rule(CPU, "-cmoe", roles=_EXPERTS))
+        found.append(Rule(CPU, "-cmoe", roles=_EXPERTS, optional=True))
     if flags.num_cpu_moe_layers:
         number = flags.num_cpu_moe_layers
-        found.append(Rule(CPU, f"-ncmoe {number}", roles=_EXPERTS, layers=Ranges(((0, number - 1),))))
+        layers = Ranges(((0, number - 1),))  # the first may be dense
+        found.append(Rule(CPU, f"-ncmoe {number}", roles=_EXPERTS, layers=layers, optional=True))
     if flags.num_gpu_layers is not None:
         if rules != AUTO:
             raise PlacementError("-ngl: it places all layers, and so do --rules; give one of them")
